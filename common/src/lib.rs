@@ -1,0 +1,5 @@
+//! What the eBPF program and user space share: one source for both sides.
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+pub mod preflight;

@@ -1,0 +1,15 @@
+//! preflightd answers CORS preflights beside the proxy from a compiled policy table, and passes all else to it.
+//!
+//! The rooms, from the pure core outwards: [`policy`] decides, [`http`] reads heads, [`publish`] brings tables to
+//! workers, [`worker`] answers on sockets, [`relay`] passes the rest, [`config`] and [`cli`] are the user's side,
+//! [`telemetry`] shows what happens.
+
+pub mod cli;
+pub mod config;
+pub mod http;
+pub mod policy;
+pub mod publish;
+pub mod reason;
+pub mod relay;
+pub mod telemetry;
+pub mod worker;
