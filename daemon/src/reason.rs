@@ -66,6 +66,9 @@ reasons! {
     Body = "body",
     /// `Upgrade`, `Expect`, or a `Connection` that names other headers.
     HopByHop = "hop_by_hop",
+    /// A header name with other characters than letters, digits and `-` (some proxies drop it, some read `_` as `-`), or
+    /// one that claims another method or target than the request line (`X-HTTP-Method-Override`, `X-Original-URL`, …).
+    AmbiguousHeader = "ambiguous_header",
     /// Cookie or Authorization: no browser sends one on a preflight (Fetch §4.8).
     Credentials = "credentials",
     // What the policy table said (`policy`).
