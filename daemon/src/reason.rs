@@ -66,8 +66,8 @@ reasons! {
     Body = "body",
     /// `Upgrade`, `Expect`, or a `Connection` that names other headers.
     HopByHop = "hop_by_hop",
-    /// A header name with other characters than letters, digits and `-` (some proxies drop it, some read `_` as `-`), or
-    /// one that claims another method or target than the request line (`X-HTTP-Method-Override`, `X-Original-URL`, …).
+    /// A header that claims another method or target than the request line (`X-HTTP-Method-Override`, `X-Original-URL`,
+    /// …), or one that matters here with `_` for `-` in its name (some proxies drop it, some read both alike).
     AmbiguousHeader = "ambiguous_header",
     /// Cookie or Authorization: no browser sends one on a preflight (Fetch §4.8).
     Credentials = "credentials",

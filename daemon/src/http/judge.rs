@@ -4,103 +4,163 @@
 //!
 //! Headers that a browser never puts on a preflight (Fetch §4.8) and that could make a proxy act otherwise than on the
 //! request line and the CORS headers pass: credentials, bodies, everything hop-by-hop, names that claim another method
-//! or target. What load balancers in front add (`Forwarded`, `X-Forwarded-*`, `Via`, …) is common and does not change
-//! a CORS answer: it is ignored, as are all other headers, whatever their values (obs-text included, RFC 9110 §5.5).
+//! or target, and any name that matters here with `_` for `-` (some proxies drop it, some keep it, CGI reads both
+//! alike). What load balancers in front add (`Forwarded`, `X-Forwarded-*`, `Via`, …) is common and does not change a
+//! CORS answer: it is ignored, as are all other headers, whatever their values (obs-text included, RFC 9110 §5.5).
 
-use super::{MAX_REQUEST_HEADERS_LINES, PreflightHead};
+use super::{Head, PreflightHead};
 use crate::{policy::Connection, reason::PassReason};
 use arrayvec::ArrayVec;
+use std::mem::replace;
 
 /// Judges a well-formed request whose head is `len` bytes long.
-pub(super) fn preflight<'a>(
-    request: &httparse::Request<'_, 'a>,
-    len: usize,
-) -> Result<PreflightHead<'a>, PassReason> {
-    let target = request.path.unwrap_or_default().as_bytes();
-    check_target(target)?;
+#[inline]
+pub(super) fn preflight<'a>(request: &httparse::Request<'_, 'a>, len: usize) -> Head<'a> {
+    let mut head = PreflightHead {
+        host: b"",
+        target: request.path.unwrap_or_default().as_bytes(),
+        origin: b"",
+        method: b"",
+        headers: ArrayVec::new(),
+        private_network: false,
+        connection: if request.version == Some(1) { Connection::KeepAlive } else { Connection::Close },
+        len,
+    };
+    if let Err(reason) = check_target(head.target).and_then(|()| take_headers(request.headers, &mut head)) {
+        return Head::Pass(reason);
+    }
+    Head::Preflight(head)
+}
 
-    let (mut host, mut origin, mut method) = (None, None, None);
-    let (mut connection, mut content_length, mut te, mut private_network) = (None, None, None, None);
-    let mut headers = ArrayVec::<&[u8], MAX_REQUEST_HEADERS_LINES>::new();
+#[inline]
+fn take_headers<'a>(lines: &[httparse::Header<'a>], head: &mut PreflightHead<'a>) -> Result<(), PassReason> {
+    // Of the headers that may stand once.
+    let (mut content_length, mut connection, mut te, mut private_network) = (false, false, false, false);
 
-    for line in &*request.headers {
+    for line in lines {
         let (name, value) = (line.name.as_bytes(), line.value);
-        let is = |known: &str| name.eq_ignore_ascii_case(known.as_bytes());
-        // The first letter spares most comparisons; names are never empty.
-        match (name.len(), name.first().map_or(0, u8::to_ascii_lowercase)) {
-            (4, b'h') if is("host") => once(&mut host, value, is_visible, PassReason::BadHost)?,
-            (6, b'o') if is("origin") => once(&mut origin, value, is_origin, PassReason::BadOrigin)?,
-            (29, b'a') if is("access-control-request-method") => {
-                once(&mut method, value, is_token, PassReason::BadRequestMethod)?;
+        let Some(field) = Field::of(name) else { continue };
+        if !all(name, |b| b != b'_') {
+            return Err(PassReason::AmbiguousHeader);
+        }
+        match field {
+            Field::Host => once(&mut head.host, value, is_visible, PassReason::BadHost)?,
+            Field::Origin => once(&mut head.origin, value, is_origin, PassReason::BadOrigin)?,
+            Field::RequestMethod => once(&mut head.method, value, is_token, PassReason::BadRequestMethod)?,
+            Field::RequestHeaders => {
+                head.headers.try_push(value).map_err(|_| PassReason::UnusableRequestHeaders)?;
             }
-            (30, b'a') if is("access-control-request-headers") => {
-                headers.try_push(value).map_err(|_| PassReason::UnusableRequestHeaders)?;
+            Field::RequestPrivateNetwork => {
+                if replace(&mut private_network, true) {
+                    return Err(PassReason::MalformedHead);
+                }
+                head.private_network = value == b"true";
             }
-            (38, b'a') if is("access-control-request-private-network") => {
-                once(&mut private_network, value, |_| true, PassReason::MalformedHead)?;
+            Field::Connection => {
+                head.connection = match (replace(&mut connection, true), head.connection) {
+                    (false, _) if value.eq_ignore_ascii_case(b"close") => Connection::Close,
+                    (false, Connection::KeepAlive) if value.eq_ignore_ascii_case(b"keep-alive") => {
+                        Connection::KeepAlive
+                    }
+                    (false, _) if value.eq_ignore_ascii_case(b"keep-alive") => Connection::KeepAlive10,
+                    _ => return Err(PassReason::HopByHop),
+                };
             }
-
-            // One `close` or `keep-alive` and nothing else: a `Connection: Origin` would strip a header behind us.
-            (10, b'c') if is("connection") => {
-                once(&mut connection, value, is_close_or_keep_alive, PassReason::HopByHop)?;
+            Field::Te => {
+                if replace(&mut te, true) || !value.eq_ignore_ascii_case(b"trailers") {
+                    return Err(PassReason::HopByHop);
+                }
             }
-            // What Firefox says over HTTP/2, as gateways hand it on; an answer without a body has no trailers.
-            (2, b't') if is("te") => {
-                once(&mut te, value, |v| v.eq_ignore_ascii_case(b"trailers"), PassReason::HopByHop)?;
+            Field::ContentLength => {
+                if replace(&mut content_length, true) || value != b"0" {
+                    return Err(PassReason::Body);
+                }
             }
-            // `Max-Forwards` on OPTIONS asks a proxy on the way to answer for itself (RFC 9110 §7.6.2).
-            (6, b'e') if is("expect") => return Err(PassReason::HopByHop),
-            (7, b'u') if is("upgrade") => return Err(PassReason::HopByHop),
-            (7, b't') if is("trailer") => return Err(PassReason::HopByHop),
-            (10, b'k') if is("keep-alive") => return Err(PassReason::HopByHop),
-            (12, b'm') if is("max-forwards") => return Err(PassReason::HopByHop),
-            (14, b'h') if is("http2-settings") => return Err(PassReason::HopByHop),
-            (16, b'p') if is("proxy-connection") => return Err(PassReason::HopByHop),
-
-            (14, b'c') if is("content-length") => {
-                once(&mut content_length, value, |v| v == b"0", PassReason::Body)?;
-            }
-            (17, b't') if is("transfer-encoding") => return Err(PassReason::Body),
-
-            (6, b'c') if is("cookie") => return Err(PassReason::Credentials),
-            (13, b'a') if is("authorization") => return Err(PassReason::Credentials),
-            (19, b'p') if is("proxy-authorization") => return Err(PassReason::Credentials),
-
-            (13, b'x') if is("x-http-method") || is("x-rewrite-url") => {
-                return Err(PassReason::AmbiguousHeader);
-            }
-            (14, b'x') if is("x-original-url") || is("x-original-uri") => {
-                return Err(PassReason::AmbiguousHeader);
-            }
-            (17, b'x') if is("x-method-override") || is("x-original-method") => {
-                return Err(PassReason::AmbiguousHeader);
-            }
-            (22, b'x') if is("x-http-method-override") => return Err(PassReason::AmbiguousHeader),
-
-            // Some proxies drop a name like `Content_Length`, some keep it, and CGI reads `_` and `-` alike.
-            _ if !name.iter().all(|&b| b.is_ascii_alphanumeric() || b == b'-') => {
-                return Err(PassReason::AmbiguousHeader);
-            }
-            _ => {}
+            Field::Never(reason) => return Err(reason),
         }
     }
 
-    Ok(PreflightHead {
-        origin: origin.ok_or(PassReason::NoOrigin)?,
-        method: method.ok_or(PassReason::NoRequestMethod)?,
-        host: host.ok_or(PassReason::BadHost)?,
-        target,
-        headers,
-        private_network: private_network == Some(b"true"),
-        connection: match (request.version, connection) {
-            (Some(1), None) => Connection::KeepAlive,
-            (_, None) => Connection::Close,
-            (_, Some(word)) if word.eq_ignore_ascii_case(b"close") => Connection::Close,
-            (Some(1), Some(_)) => Connection::KeepAlive,
-            (_, Some(_)) => Connection::KeepAlive10,
-        },
-        len,
-    })
+    if head.origin.is_empty() {
+        return Err(PassReason::NoOrigin);
+    }
+    if head.method.is_empty() {
+        return Err(PassReason::NoRequestMethod);
+    }
+    if head.host.is_empty() {
+        return Err(PassReason::BadHost);
+    }
+    Ok(())
+}
+
+/// The headers that matter here.
+enum Field {
+    Host,
+    Origin,
+    RequestMethod,
+    RequestHeaders,
+    RequestPrivateNetwork,
+    /// One `close` or `keep-alive` and nothing else: a `Connection: Origin` would strip a header behind us.
+    Connection,
+    /// `trailers` is what Firefox says over HTTP/2 and gateways hand on; an answer without a body has none.
+    Te,
+    /// `0` or none.
+    ContentLength,
+    /// No preflight has it.
+    Never(PassReason),
+}
+
+impl Field {
+    /// Finds a header by its name, in which `_` counts as `-`. Length and first letter spare most comparisons.
+    #[inline]
+    fn of(name: &[u8]) -> Option<Field> {
+        use PassReason::{AmbiguousHeader, Body, Credentials, HopByHop};
+        let first = name.first()? | 0x20;
+        Some(match (name.len(), first) {
+            (4, b'h') if is(name, b"host") => Field::Host,
+            (6, b'o') if is(name, b"origin") => Field::Origin,
+            (29, b'a') if is(name, b"access-control-request-method") => Field::RequestMethod,
+            (30, b'a') if is(name, b"access-control-request-headers") => Field::RequestHeaders,
+            (38, b'a') if is(name, b"access-control-request-private-network") => Field::RequestPrivateNetwork,
+            (10, b'c') if is(name, b"connection") => Field::Connection,
+            (2, b't') if is(name, b"te") => Field::Te,
+            (14, b'c') if is(name, b"content-length") => Field::ContentLength,
+
+            (17, b't') if is(name, b"transfer-encoding") => Field::Never(Body),
+            (6, b'c') if is(name, b"cookie") => Field::Never(Credentials),
+            (13, b'a') if is(name, b"authorization") => Field::Never(Credentials),
+            (19, b'p') if is(name, b"proxy-authorization") => Field::Never(Credentials),
+
+            (6, b'e') if is(name, b"expect") => Field::Never(HopByHop),
+            (7, b'u') if is(name, b"upgrade") => Field::Never(HopByHop),
+            (7, b't') if is(name, b"trailer") => Field::Never(HopByHop),
+            (10, b'k') if is(name, b"keep-alive") => Field::Never(HopByHop),
+            // On OPTIONS it asks a proxy on the way to answer for itself (RFC 9110 §7.6.2).
+            (12, b'm') if is(name, b"max-forwards") => Field::Never(HopByHop),
+            (14, b'h') if is(name, b"http2-settings") => Field::Never(HopByHop),
+            (16, b'p') if is(name, b"proxy-connection") => Field::Never(HopByHop),
+
+            (13, b'x') if is(name, b"x-http-method") => Field::Never(AmbiguousHeader),
+            (13, b'x') if is(name, b"x-rewrite-url") => Field::Never(AmbiguousHeader),
+            (14, b'x') if is(name, b"x-original-url") => Field::Never(AmbiguousHeader),
+            (14, b'x') if is(name, b"x-original-uri") => Field::Never(AmbiguousHeader),
+            (17, b'x') if is(name, b"x-method-override") => Field::Never(AmbiguousHeader),
+            (17, b'x') if is(name, b"x-original-method") => Field::Never(AmbiguousHeader),
+            (22, b'x') if is(name, b"x-http-method-override") => Field::Never(AmbiguousHeader),
+            _ => return None,
+        })
+    }
+}
+
+/// Is `name`, a token, this lower-case name? Without an early exit, so that the compiler compares many bytes at once.
+#[inline]
+fn is<const N: usize>(name: &[u8], known: &[u8; N]) -> bool {
+    let Ok(name) = <&[u8; N]>::try_from(name) else { return false };
+    let mut difference = 0;
+    for (&b, &k) in name.iter().zip(known) {
+        // 0x20 makes a letter lower-case and leaves digits and `-` as they are.
+        difference |= (if b == b'_' { b'-' } else { b } | 0x20) ^ k;
+    }
+    difference == 0
 }
 
 /// Judges a request line (without its CRLF) by its end alone: `None` for ` HTTP/1.0` and ` HTTP/1.1`.
@@ -165,18 +225,18 @@ pub(super) fn malformed(head: &[u8], error: httparse::Error) -> PassReason {
     PassReason::MalformedHead
 }
 
-/// Takes the value of a header that may stand once and must be `good`.
+/// Takes the value of a header that must stand once and not be empty, and must be `good`.
 #[inline]
 fn once<'a>(
-    slot: &mut Option<&'a [u8]>,
+    slot: &mut &'a [u8],
     value: &'a [u8],
     good: impl FnOnce(&[u8]) -> bool,
     reason: PassReason,
 ) -> Result<(), PassReason> {
-    if slot.is_some() || !good(value) {
+    if !slot.is_empty() || !good(value) {
         return Err(reason);
     }
-    *slot = Some(value);
+    *slot = value;
     Ok(())
 }
 
@@ -211,7 +271,7 @@ fn check_target(target: &[u8]) -> Result<(), PassReason> {
     if dot_after_slash && path.split(|&b| b == b'/').any(|segment| matches!(segment, b"." | b"..")) {
         return Err(PassReason::AmbiguousPath);
     }
-    if !query.iter().all(|&b| b.is_ascii_graphic() && b != b'#') {
+    if !all(query, |b| b.is_ascii_graphic() & (b != b'#')) {
         return Err(PassReason::BadTarget);
     }
     Ok(())
@@ -247,16 +307,18 @@ static PATH_BYTES: [PathByte; 256] = {
 };
 
 fn is_visible(value: &[u8]) -> bool {
-    !value.is_empty() && value.iter().all(u8::is_ascii_graphic)
+    !value.is_empty() && all(value, |b| b.is_ascii_graphic())
 }
 
 /// A comma is what a gateway leaves of two `Origin` lines.
 fn is_origin(value: &[u8]) -> bool {
-    is_visible(value) && !value.contains(&b',')
+    !value.is_empty() && all(value, |b| b.is_ascii_graphic() & (b != b','))
 }
 
-fn is_close_or_keep_alive(value: &[u8]) -> bool {
-    value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close")
+/// Without an early exit: the usual value is good, and the compiler looks at many bytes at once.
+#[inline]
+fn all(value: &[u8], good: impl Fn(u8) -> bool) -> bool {
+    value.iter().fold(true, |so_far, &b| so_far & good(b))
 }
 
 /// A token (RFC 9110 §5.6.2).

@@ -32,7 +32,7 @@ pub(super) fn preflight(buf: &[u8], max_bytes: usize) -> Option<Preflight> {
     let mut headers = Vec::new();
     for line in lines {
         let (name, value) = line.split_once(':')?;
-        if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+        if !is_token(name) {
             return None;
         }
         if !value.chars().all(|c| c == '\t' || !c.is_control() || c >= '\u{80}') {
@@ -49,7 +49,14 @@ pub(super) fn preflight(buf: &[u8], max_bytes: usize) -> Option<Preflight> {
         [value] => allowed.contains(&value.to_ascii_lowercase().as_str()),
         _ => false,
     };
-    for forbidden in [
+    // Names that matter here; those with an underscore instead of a `-` never stand for them.
+    let known = [
+        "access-control-request-headers",
+        "access-control-request-method",
+        "access-control-request-private-network",
+        "content-length",
+    ];
+    let forbidden = [
         "authorization",
         "cookie",
         "expect",
@@ -68,8 +75,10 @@ pub(super) fn preflight(buf: &[u8], max_bytes: usize) -> Option<Preflight> {
         "x-original-uri",
         "x-original-url",
         "x-rewrite-url",
-    ] {
-        if !all(forbidden).is_empty() {
+    ];
+    for (name, _) in &headers {
+        let dashed = name.replace('_', "-");
+        if forbidden.contains(&dashed.as_str()) || (dashed != *name && known.contains(&dashed.as_str())) {
             return None;
         }
     }
@@ -98,10 +107,7 @@ pub(super) fn preflight(buf: &[u8], max_bytes: usize) -> Option<Preflight> {
             return None;
         }
     }
-    if origin.contains(',')
-        || method.is_empty()
-        || !method.chars().all(|c| c.is_ascii_graphic() && !"\"(),/:;<=>?@[\\]{}".contains(c))
-    {
+    if origin.contains(',') || !is_token(method) {
         return None;
     }
     let request_headers = all("access-control-request-headers");
@@ -122,4 +128,8 @@ pub(super) fn preflight(buf: &[u8], max_bytes: usize) -> Option<Preflight> {
         version_1_1,
         len,
     })
+}
+
+fn is_token(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_graphic() && !"\"(),/:;<=>?@[\\]{}".contains(c))
 }
