@@ -1,1 +1,3 @@
 //! The test lab.
+
+pub mod smuggling;

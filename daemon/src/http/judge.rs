@@ -271,7 +271,7 @@ fn check_target(target: &[u8]) -> Result<(), PassReason> {
     if dot_after_slash && path.split(|&b| b == b'/').any(|segment| matches!(segment, b"." | b"..")) {
         return Err(PassReason::AmbiguousPath);
     }
-    if !all(query, |b| b.is_ascii_graphic() & (b != b'#')) {
+    if !all(query, |b| b.is_ascii_graphic() && b != b'#') {
         return Err(PassReason::BadTarget);
     }
     Ok(())
@@ -312,7 +312,7 @@ fn is_visible(value: &[u8]) -> bool {
 
 /// A comma is what a gateway leaves of two `Origin` lines.
 fn is_origin(value: &[u8]) -> bool {
-    !value.is_empty() && all(value, |b| b.is_ascii_graphic() & (b != b','))
+    !value.is_empty() && all(value, |b| b.is_ascii_graphic() && b != b',')
 }
 
 /// Without an early exit: the usual value is good, and the compiler looks at many bytes at once.
