@@ -3,10 +3,17 @@
 //! Pure: no I/O, no clock, no allocation in [`Table::decide`]. Every tier and `explain` ask the same table.
 #![forbid(unsafe_code)]
 
+mod acrh;
 pub mod answer;
+mod core;
 pub mod dialect;
+mod host;
 pub mod labels;
+mod origin;
+mod regex;
+mod routes;
 pub mod spec;
+mod strings;
 pub mod table;
 
 pub use answer::{Answer, Connection, DenyReason, Outcome};
@@ -14,4 +21,4 @@ pub use labels::{RouteId, RouteLabels};
 pub use spec::{
     Finding, HostPattern, ListenerId, ListenerSpec, OnDenied, PathMatch, PolicySpec, Severity, SourceRef,
 };
-pub use table::{Decision, NoTrace, Preflight, Table, Trace};
+pub use table::{Decision, Described, NoTrace, Preflight, Table, Trace};

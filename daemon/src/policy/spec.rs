@@ -1,6 +1,7 @@
 //! What a table is compiled from: validated policies, whoever wrote them (files now, Kubernetes later).
 
 use super::dialect;
+use std::fmt;
 use std::sync::Arc;
 
 /// A listener's number within one configuration; every lookup begins with it.
@@ -32,6 +33,15 @@ pub struct SourceRef {
     pub line: u32,
 }
 
+impl fmt::Display for SourceRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            0 => f.write_str(&self.origin),
+            line => write!(f, "{}:{line}", self.origin),
+        }
+    }
+}
+
 /// A host pattern of a policy.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum HostPattern {
@@ -53,6 +63,26 @@ pub enum PathMatch {
     Prefix(String),
     /// RE2 full match of the path.
     Regex(String),
+}
+
+impl fmt::Display for HostPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HostPattern::Any => f.write_str("*"),
+            HostPattern::Exact(name) => f.write_str(name),
+            HostPattern::Wildcard(suffix) => write!(f, "*{suffix}"),
+        }
+    }
+}
+
+impl fmt::Display for PathMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PathMatch::Exact(path) => f.write_str(path),
+            PathMatch::Prefix(path) => write!(f, "{path}*"),
+            PathMatch::Regex(pattern) => write!(f, "~{pattern}"),
+        }
+    }
 }
 
 /// What to do with a preflight that the policy does not allow.
@@ -79,6 +109,8 @@ pub struct PolicySpec {
     pub paths: Vec<PathMatch>,
     /// Off: its requests pass, with a reason of their own.
     pub enabled: bool,
+    /// Its source has been unreachable for too long: its requests pass until it is back.
+    pub stale: bool,
     /// Overrides the dialect's own way.
     pub on_denied: Option<OnDenied>,
     /// The CORS rules in their dialect.

@@ -4,7 +4,11 @@
 pub mod envoy;
 pub mod gateway_api;
 pub mod ingress_nginx;
+mod lint;
 pub mod native;
+
+use super::core::Core;
+use std::sync::Arc;
 
 /// Validated rules of one policy.
 #[derive(Clone, Debug)]
@@ -17,4 +21,25 @@ pub enum Rules {
     IngressNginx(ingress_nginx::Rules),
     /// Envoy's `CorsPolicy`, as kgateway programs it.
     Envoy(envoy::Rules),
+}
+
+impl Rules {
+    /// The dialect's name, as configurations write it.
+    pub fn dialect(&self) -> &'static str {
+        match self {
+            Rules::Native(_) => "native",
+            Rules::GatewayApi(_) => "gateway-api",
+            Rules::IngressNginx(_) => "ingress-nginx",
+            Rules::Envoy(_) => "envoy",
+        }
+    }
+
+    pub(super) fn core(&self) -> &Arc<Core> {
+        match self {
+            Rules::Native(rules) => &rules.0,
+            Rules::GatewayApi(rules) => &rules.0,
+            Rules::IngressNginx(rules) => &rules.0,
+            Rules::Envoy(rules) => &rules.0,
+        }
+    }
 }

@@ -1,0 +1,186 @@
+//! What the rules of every dialect come down to, and how they judge a request that was routed to them.
+
+use super::acrh::{Names, is_token};
+use super::answer::Template;
+use super::origin::{Origins, is_plain};
+use super::strings::Strings;
+use super::{Answer, Decision, DenyReason, OnDenied, Outcome, Preflight, RouteId, Trace};
+use crate::reason::PassReason;
+use std::sync::{Arc, LazyLock};
+
+/// Longer method names pass: none is in use.
+const MAX_METHOD: usize = 64;
+
+/// Validated rules, whatever dialect they were written in.
+#[derive(Debug)]
+pub(super) struct Core {
+    /// Set if every request passes, whoever asks.
+    pub(super) gate: Option<PassReason>,
+    /// The dialect's own way with what is not allowed.
+    pub(super) on_denied: OnDenied,
+    pub(super) origins: Origins,
+    pub(super) methods: Methods,
+    pub(super) headers: RequestHeaders,
+    pub(super) allowed: Template,
+    pub(super) denied: Arc<Template>,
+}
+
+/// Which methods are allowed.
+#[derive(Debug)]
+pub(super) enum Methods {
+    /// The answer lists them, and the browser judges.
+    Unchecked,
+    /// These, beside GET, HEAD and POST (Fetch §4.9 never refuses those).
+    Listed(Strings),
+}
+
+/// Which request headers are allowed.
+#[derive(Debug)]
+pub(super) enum RequestHeaders {
+    /// The answer lists them, and the browser judges.
+    Unchecked,
+    /// These.
+    Listed(Names),
+}
+
+/// 204 without any CORS header, for the dialects that refuse so.
+static BARE_NO_CONTENT: LazyLock<Arc<Template>> =
+    LazyLock::new(|| Arc::new(Template::no_content().vary().build()));
+/// 403 without any CORS header.
+static BARE_FORBIDDEN: LazyLock<Arc<Template>> =
+    LazyLock::new(|| Arc::new(Template::forbidden().vary().build()));
+
+/// The shared 204 of a refusal.
+pub(super) fn bare_no_content() -> Arc<Template> {
+    Arc::clone(&BARE_NO_CONTENT)
+}
+
+/// The shared 403 of a refusal.
+pub(super) fn bare_forbidden() -> Arc<Template> {
+    Arc::clone(&BARE_FORBIDDEN)
+}
+
+impl Core {
+    /// Rules that pass everything to the proxy, for this reason.
+    pub(super) fn passing(reason: PassReason) -> Self {
+        Self {
+            gate: Some(reason),
+            on_denied: OnDenied::Pass,
+            origins: Origins::Web(super::origin::Web::default()),
+            methods: Methods::Unchecked,
+            headers: RequestHeaders::Unchecked,
+            allowed: Template::no_content().build(),
+            denied: bare_no_content(),
+        }
+    }
+
+    /// Judges a request. `on_denied` is the dialect's way or the policy's own.
+    #[inline]
+    pub(super) fn judge<'a>(
+        &'a self,
+        request: &Preflight<'a>,
+        on_denied: OnDenied,
+        route: RouteId,
+        trace: &mut impl Trace,
+    ) -> Decision<'a> {
+        if !is_plain(request.origin) {
+            trace.step(|| "origin: not visible ASCII, or too long: passed".to_owned());
+            return Decision::Pass(PassReason::BadOrigin, route);
+        }
+        if request.method.len() > MAX_METHOD || !is_token(request.method) {
+            trace.step(|| "method: not a token: passed".to_owned());
+            return Decision::Pass(PassReason::BadRequestMethod, route);
+        }
+        let allowed = self.origins.allow(request.origin);
+        trace.step(|| {
+            format!("origin: {} {}", request.origin.escape_ascii(), self.origins.explain(request.origin))
+        });
+        if !allowed {
+            return self.refuse(request, on_denied, DenyReason::Origin, route, trace);
+        }
+        match &self.methods {
+            Methods::Unchecked => {
+                trace.step(|| format!("method: {} is left to the browser", request.method.escape_ascii()));
+            }
+            Methods::Listed(listed) => {
+                let safe = matches!(request.method, b"GET" | b"HEAD" | b"POST");
+                let allowed = safe || listed.contains(request.method);
+                trace.step(|| {
+                    let method = request.method.escape_ascii();
+                    match (safe, allowed) {
+                        (true, _) => format!("method: {method} needs no permission"),
+                        (_, true) => format!("method: {method} is listed"),
+                        (_, false) => format!("method: {method} is not listed (methods are case-sensitive)"),
+                    }
+                });
+                if !allowed {
+                    return self.refuse(request, on_denied, DenyReason::Method, route, trace);
+                }
+            }
+        }
+        if let RequestHeaders::Listed(names) = &self.headers {
+            let allowed = names.allow(request.headers);
+            trace.step(|| {
+                let asked: Vec<String> = request.headers.iter().map(|l| l.escape_ascii().to_string()).collect();
+                match (asked.is_empty(), allowed) {
+                    (true, _) => "headers: none were asked for".to_owned(),
+                    (_, true) => format!("headers: {} are listed", asked.join(", ")),
+                    (_, false) => format!(
+                        "headers: {} are not all listed, or not lower-case, sorted and unique as browsers send them",
+                        asked.join(", ")
+                    ),
+                }
+            });
+            if !allowed {
+                return self.refuse(request, on_denied, DenyReason::Headers, route, trace);
+            }
+        } else {
+            trace.step(|| "headers: left to the browser".to_owned());
+        }
+        finish(Outcome::Allowed, &self.allowed, request, route, trace)
+    }
+
+    fn refuse<'a>(
+        &'a self,
+        request: &Preflight<'a>,
+        on_denied: OnDenied,
+        reason: DenyReason,
+        route: RouteId,
+        trace: &mut impl Trace,
+    ) -> Decision<'a> {
+        if on_denied == OnDenied::Pass {
+            trace.step(|| "passed: the proxy answers what this policy does not allow".to_owned());
+            let reason = match reason {
+                DenyReason::Origin => PassReason::OriginNotAllowed,
+                DenyReason::Method => PassReason::MethodNotAllowed,
+                DenyReason::Headers => PassReason::HeadersNotAllowed,
+            };
+            return Decision::Pass(reason, route);
+        }
+        finish(Outcome::Denied(reason), &self.denied, request, route, trace)
+    }
+}
+
+fn finish<'a>(
+    outcome: Outcome,
+    template: &'a Template,
+    request: &Preflight<'a>,
+    route: RouteId,
+    trace: &mut impl Trace,
+) -> Decision<'a> {
+    match Answer::new(outcome, route, template, request) {
+        Some(answer) => {
+            trace.step(|| match outcome {
+                Outcome::Allowed => "answered: allowed".to_owned(),
+                Outcome::Denied(_) => "answered: denied, the browser will refuse".to_owned(),
+            });
+            Decision::Answer(answer)
+        }
+        None => {
+            trace.step(|| {
+                "passed: the requested headers cannot be echoed (not a list of names, or too long)".to_owned()
+            });
+            Decision::Pass(PassReason::UnusableRequestHeaders, route)
+        }
+    }
+}

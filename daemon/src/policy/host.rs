@@ -1,0 +1,240 @@
+//! The `Host` value: lower-cased, its port checked, everything that proxies may read differently refused.
+
+use super::spec::ListenerSpec;
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// Room for a lower-cased host (RFC 1035: at most 253 bytes).
+pub(super) type Buffer = [u8; 255];
+
+/// A well-formed host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Host<'a> {
+    /// Lower-case, without port; IPv6 with its brackets.
+    pub(super) name: &'a [u8],
+    /// The IP address, if it is a literal.
+    pub(super) literal: Option<Literal>,
+}
+
+/// An IP literal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Literal {
+    /// In 127.0.0.0/8, or `[::1]`.
+    pub(super) loopback: bool,
+}
+
+/// What the table keeps of a listener.
+#[derive(Debug)]
+pub(super) struct Own {
+    literals: Vec<Box<[u8]>>,
+    loopback: bool,
+    ports: Vec<u16>,
+}
+
+impl Own {
+    pub(super) fn new(spec: &ListenerSpec) -> Self {
+        let mut ports = spec.public_ports.clone();
+        ports.sort_unstable();
+        Self {
+            literals: spec.own_literals.iter().map(|l| l.to_ascii_lowercase().into_bytes().into()).collect(),
+            loopback: spec.loopback_is_own,
+            ports,
+        }
+    }
+
+    /// Reads a `Host` value; `None` if it is not a host and port that this listener serves. `buffer` is overwritten.
+    pub(super) fn parse<'b>(&self, value: &[u8], buffer: &'b mut Buffer) -> Option<Host<'b>> {
+        let (name, port) = split_port(value)?;
+        if let Some(port) = port
+            && !self.ports.is_empty()
+            && self.ports.binary_search(&port).is_err()
+        {
+            return None;
+        }
+        parse_name(name, buffer)
+    }
+
+    /// Whether a client may rightly call this listener by this literal.
+    pub(super) fn has(&self, name: &[u8], literal: Literal) -> bool {
+        (self.loopback && literal.loopback) || self.literals.iter().any(|l| **l == *name)
+    }
+}
+
+/// `host`, `host:port`, `[v6]`, `[v6]:port`; the port in its canonical form.
+fn split_port(value: &[u8]) -> Option<(&[u8], Option<u16>)> {
+    let name_len = if value.first() == Some(&b'[') {
+        value.iter().position(|&b| b == b']')? + 1
+    } else {
+        memchr::memchr(b':', value).unwrap_or(value.len())
+    };
+    let (name, rest) = value.split_at(name_len);
+    match rest.split_first() {
+        None => Some((name, None)),
+        Some((b':', digits)) => Some((name, Some(parse_port(digits)?))),
+        Some(_) => None,
+    }
+}
+
+/// 1 to 65535 without leading zeros.
+pub(super) fn parse_port(digits: &[u8]) -> Option<u16> {
+    if digits.is_empty() || digits.len() > 5 || digits[0] == b'0' {
+        return None;
+    }
+    let mut port = 0_u32;
+    for &digit in digits {
+        if !digit.is_ascii_digit() {
+            return None;
+        }
+        port = port * 10 + u32::from(digit - b'0');
+    }
+    u16::try_from(port).ok()
+}
+
+/// What each byte becomes; 0: not part of a host name.
+const LOWER: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut b = 0;
+    while b < 256 {
+        let c = b as u8;
+        if c.is_ascii_alphanumeric() || c == b'-' || c == b'_' || c == b'.' {
+            table[b] = c.to_ascii_lowercase();
+        }
+        b += 1;
+    }
+    table
+};
+
+/// Lower-cases a host without port; `None` if it is no plain host.
+pub(super) fn parse_name<'b>(name: &[u8], buffer: &'b mut Buffer) -> Option<Host<'b>> {
+    if name.is_empty() || name.len() > 253 {
+        return None;
+    }
+    if name[0] == b'[' {
+        let lower = &mut buffer[..name.len()];
+        lower.copy_from_slice(name);
+        lower.make_ascii_lowercase();
+        let lower: &'b [u8] = lower;
+        let text = std::str::from_utf8(&lower[1..lower.len() - 1]).ok()?;
+        let address: Ipv6Addr = text.parse().ok()?;
+        return Some(Host { name: lower, literal: Some(Literal { loopback: address.is_loopback() }) });
+    }
+    // An empty label is seen as a dot after a dot, at the start or at the end.
+    let mut previous = b'.';
+    let mut label = 0;
+    for (i, (&b, out)) in name.iter().zip(buffer.iter_mut()).enumerate() {
+        let c = LOWER[usize::from(b)];
+        if c == 0 || (c == b'.' && previous == b'.') {
+            return None;
+        }
+        if c == b'.' {
+            label = i + 1;
+        }
+        *out = c;
+        previous = c;
+    }
+    if previous == b'.' {
+        return None;
+    }
+    let lower = &buffer[..name.len()];
+    if !ends_in_number(&lower[label..]) {
+        return Some(Host { name: lower, literal: None });
+    }
+    // URL parsers read such a host as an IPv4 address (WHATWG URL §3.5); only the plain form is unambiguous.
+    let address: Ipv4Addr = std::str::from_utf8(lower).ok()?.parse().ok()?;
+    Some(Host { name: lower, literal: Some(Literal { loopback: address.is_loopback() }) })
+}
+
+/// Whether URL parsers take a host with this last label for an IPv4 address: decimal digits, or hexadecimal after `0x`.
+pub(super) fn ends_in_number(label: &[u8]) -> bool {
+    if !label.first().is_some_and(u8::is_ascii_digit) {
+        return false;
+    }
+    match label.strip_prefix(b"0x") {
+        Some(hex) => hex.iter().all(u8::is_ascii_hexdigit),
+        None => label.iter().all(u8::is_ascii_digit),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::ListenerId;
+
+    fn own(ports: &[u16]) -> Own {
+        Own::new(&ListenerSpec {
+            id: ListenerId(0),
+            name: "l".into(),
+            own_literals: vec!["192.0.2.1".into(), "[2001:db8::1]".into()],
+            loopback_is_own: true,
+            public_ports: ports.to_vec(),
+        })
+    }
+
+    #[test]
+    fn hosts() {
+        for (value, expected) in [
+            ("example.com", Some("example.com")),
+            ("EXAMPLE.com:8080", Some("example.com")),
+            ("a_b-c.example", Some("a_b-c.example")),
+            ("localhost", Some("localhost")),
+            ("192.0.2.1:80", Some("192.0.2.1")),
+            ("[2001:DB8::1]:80", Some("[2001:db8::1]")),
+            ("1a.example", Some("1a.example")),
+            ("example.0xg", Some("example.0xg")),
+            ("", None),
+            (":80", None),
+            ("example.com.", None),
+            (".example.com", None),
+            ("a..b", None),
+            ("user@example.com", None),
+            ("example.com:", None),
+            ("example.com:0", None),
+            ("example.com:080", None),
+            ("example.com:65536", None),
+            ("example.com:99999", None),
+            ("example.com:8080x", None),
+            ("example.com:+80", None),
+            ("example.com:80:80", None),
+            ("exa mple.com", None),
+            ("ex%61mple.com", None),
+            ("exämple.com", None),
+            ("127.1", None),
+            ("0x7f.1", None),
+            ("example.0x7f", None),
+            ("010.0.0.1", None),
+            ("1.2.3.4.5", None),
+            ("[::1", None),
+            ("[::1]x", None),
+            ("[::1%eth0]", None),
+            ("::1", None),
+            ("[]", None),
+            ("[", None),
+        ] {
+            let mut buffer = [0; 255];
+            let host = own(&[]).parse(value.as_bytes(), &mut buffer);
+            assert_eq!(host.map(|h| h.name), expected.map(str::as_bytes), "{value}");
+        }
+        let mut buffer = [0; 255];
+        assert!(own(&[]).parse(&[b'a'; 253], &mut buffer).is_some());
+        assert!(own(&[]).parse(&[b'a'; 254], &mut buffer).is_none());
+    }
+
+    #[test]
+    fn public_ports_and_own_literals() {
+        let own = own(&[443, 80]);
+        let mut buffer = [0; 255];
+        assert!(own.parse(b"example.com", &mut buffer).is_some());
+        assert!(own.parse(b"example.com:443", &mut buffer).is_some());
+        assert!(own.parse(b"example.com:8443", &mut buffer).is_none());
+        for (value, expected) in [
+            ("192.0.2.1", true),
+            ("127.8.9.1", true),
+            ("[::1]", true),
+            ("[2001:db8::1]", true),
+            ("192.0.2.2", false),
+            ("[::2]", false),
+        ] {
+            let host = own.parse(value.as_bytes(), &mut buffer).expect(value);
+            assert_eq!(own.has(host.name, host.literal.expect(value)), expected, "{value}");
+        }
+    }
+}

@@ -1,0 +1,390 @@
+//! Which policy serves a host and path: exact hosts before the longest wildcard before all; in a host the exact path
+//! before the longest prefix, and regexes beside them.
+
+use super::RouteId;
+use super::host::Host;
+use super::regex::Regexes;
+use super::spec::PathMatch;
+use super::strings::{Lengths, Strings, hash};
+use hashbrown::HashTable;
+
+/// Up to this many routes of a host are compared one by one, in order of precedence.
+const LINEAR: usize = 12;
+
+/// Stands for "several policies" in [`Target::policy`].
+pub(super) const CONFLICT: u32 = u32::MAX;
+/// No such host entry.
+const NONE: u32 = u32::MAX;
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    /// Position of the policy, or [`CONFLICT`].
+    pub(super) policy: u32,
+    pub(super) label: RouteId,
+}
+
+/// One path of one policy, before compilation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Claim<'p> {
+    pub(super) path: &'p PathMatch,
+    pub(super) target: Target,
+    /// The policy's wildcard hosts have exactly one label for the star.
+    pub(super) one_label: bool,
+}
+
+/// All hosts of a listener and their routes.
+#[derive(Debug)]
+pub(super) struct Hosts {
+    exact: Strings,
+    wild: Strings,
+    wild_lengths: Lengths,
+    /// Entry of each wildcard: for hosts with one label before it, and for those with more.
+    wild_entries: Box<[(u32, u32)]>,
+    any: u32,
+    /// In the order of `exact`, then what wildcards and `any` refer to.
+    entries: Box<[Entry]>,
+    routes: Box<[Route]>,
+    paths: Box<[u8]>,
+    prefix_lengths: Box<[u32]>,
+    /// Routes of the hosts that have many of them.
+    index: HashTable<u32>,
+}
+
+/// A host's slice of the routes.
+#[derive(Debug)]
+struct Entry {
+    first: u32,
+    count: u32,
+    /// Slice of the distinct prefix lengths, descending; empty where routes are compared one by one.
+    lengths: (u32, u32),
+    regexes: Option<Box<RegexRoutes>>,
+}
+
+#[derive(Debug)]
+struct RegexRoutes {
+    regexes: Regexes,
+    targets: Vec<Target>,
+    /// Policies with a regex that cannot be modelled: it might match any path.
+    opaque: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Route {
+    start: u32,
+    len: u32,
+    exact: bool,
+    target: Target,
+}
+
+/// Which entry matched a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HostHit {
+    Exact,
+    /// Length of the suffix, with its dot.
+    Wildcard(usize),
+    Any,
+}
+
+/// What a path leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Routed {
+    To(Target),
+    Nowhere,
+    /// Several policies of equal right.
+    Conflict(RouteId),
+    /// A regex of this host that cannot be modelled may match.
+    Opaque,
+}
+
+impl Hosts {
+    /// The entry of a host. `own`: an IP literal of this listener, which counts as any host.
+    #[inline]
+    pub(super) fn find(&self, host: &Host<'_>, own: bool) -> Option<(u32, HostHit)> {
+        if let Some(i) = self.exact.find(host.name) {
+            return Some((i, HostHit::Exact));
+        }
+        if host.literal.is_none() && !self.wild.is_empty() {
+            for (i, dot) in memchr::memchr_iter(b'.', host.name).enumerate() {
+                let suffix = &host.name[dot..];
+                if self.wild_lengths.has(suffix.len())
+                    && let Some(at) = self.wild.find(suffix)
+                {
+                    let (one, more) = self.wild_entries[at as usize];
+                    let entry = if i == 0 { one } else { more };
+                    if entry != NONE {
+                        return Some((entry, HostHit::Wildcard(suffix.len())));
+                    }
+                }
+            }
+        }
+        (self.any != NONE && (host.literal.is_none() || own)).then_some((self.any, HostHit::Any))
+    }
+
+    /// Where `path`, which begins with a slash, leads on the host of `entry`.
+    #[inline]
+    pub(super) fn route(&self, entry: u32, path: &[u8]) -> Routed {
+        let host = &self.entries[entry as usize];
+        let literal = if host.lengths.0 == host.lengths.1 {
+            let routes = &self.routes[host.first as usize..(host.first + host.count) as usize];
+            routes.iter().find(|r| r.matches(self.path(r), path)).map(|r| r.target)
+        } else {
+            self.look(entry, true, path).or_else(|| {
+                self.prefix_lengths[host.lengths.0 as usize..host.lengths.1 as usize].iter().find_map(
+                    |&len| {
+                        let prefix = path.get(..len as usize)?;
+                        is_boundary(path, prefix.len()).then(|| self.look(entry, false, prefix))?
+                    },
+                )
+            })
+        };
+        match &host.regexes {
+            None => literal.map_or(Routed::Nowhere, Routed::from),
+            Some(regexes) => regexes.route(literal, path),
+        }
+    }
+
+    fn look(&self, entry: u32, exact: bool, path: &[u8]) -> Option<Target> {
+        self.index
+            .find(hash(salt(entry, exact), path), |&i| {
+                let route = &self.routes[i as usize];
+                let host = &self.entries[entry as usize];
+                route.exact == exact
+                    && (host.first..host.first + host.count).contains(&i)
+                    && self.path(route) == path
+            })
+            .map(|&i| self.routes[i as usize].target)
+    }
+
+    fn path(&self, route: &Route) -> &[u8] {
+        &self.paths[route.start as usize..(route.start + route.len) as usize]
+    }
+}
+
+impl Route {
+    fn matches(&self, pattern: &[u8], path: &[u8]) -> bool {
+        path.len() >= pattern.len()
+            && if self.exact {
+                path == pattern
+            } else {
+                is_boundary(path, pattern.len()) && path.starts_with(pattern)
+            }
+    }
+}
+
+impl From<Target> for Routed {
+    fn from(target: Target) -> Self {
+        if target.policy == CONFLICT { Routed::Conflict(target.label) } else { Routed::To(target) }
+    }
+}
+
+impl RegexRoutes {
+    fn route(&self, literal: Option<Target>, path: &[u8]) -> Routed {
+        let mut found = literal;
+        let mut conflict = None;
+        self.regexes.each_match(path, |i| match found {
+            None => found = Some(self.targets[i]),
+            Some(other) if other.policy != self.targets[i].policy => conflict = Some(other.label),
+            Some(_) => {}
+        });
+        if let Some(label) = conflict {
+            return Routed::Conflict(label);
+        }
+        match found {
+            Some(target) if self.opaque.iter().all(|&p| p == target.policy) => target.into(),
+            None if self.opaque.is_empty() => Routed::Nowhere,
+            _ => Routed::Opaque,
+        }
+    }
+}
+
+/// Whether a path element ends at `at`.
+fn is_boundary(path: &[u8], at: usize) -> bool {
+    path.get(at).is_none_or(|&b| b == b'/')
+}
+
+fn salt(entry: u32, exact: bool) -> u64 {
+    u64::from(entry) << 1 | u64::from(exact)
+}
+
+/// What compilation found wrong with a host's claims.
+#[derive(Debug)]
+pub(super) enum Trouble<'p> {
+    /// Two policies claim the same path.
+    Clash { path: &'p PathMatch, first: u32, second: u32 },
+    /// A regex cannot be modelled.
+    Regex { pattern: &'p str, policy: u32, reason: String },
+}
+
+/// Puts [`Hosts`] together.
+#[derive(Debug, Default)]
+pub(super) struct Builder {
+    exact: Vec<String>,
+    wild: Vec<String>,
+    wild_entries: Vec<(u32, u32)>,
+    any: Option<u32>,
+    entries: Vec<Entry>,
+    routes: Vec<Route>,
+    paths: Vec<u8>,
+    prefix_lengths: Vec<u32>,
+}
+
+impl Builder {
+    /// Adds a host; all exact ones must come before the others.
+    pub(super) fn exact<'p>(&mut self, name: &str, claims: &[Claim<'p>], troubles: &mut Vec<Trouble<'p>>) {
+        debug_assert_eq!(self.exact.len(), self.entries.len(), "exact hosts come first");
+        self.exact.push(name.to_owned());
+        self.entry(claims, troubles);
+    }
+
+    /// Adds a wildcard; `suffix` begins with a dot.
+    pub(super) fn wildcard<'p>(
+        &mut self,
+        suffix: &str,
+        claims: &[Claim<'p>],
+        troubles: &mut Vec<Trouble<'p>>,
+    ) {
+        let deep: Vec<Claim<'p>> = claims.iter().filter(|c| !c.one_label).copied().collect();
+        let one = self.entry(claims, troubles);
+        let more = match deep.len() {
+            0 => NONE,
+            n if n == claims.len() => one,
+            _ => self.entry(&deep, troubles),
+        };
+        self.wild.push(suffix.to_owned());
+        self.wild_entries.push((one, more));
+    }
+
+    /// Adds the host of all names.
+    pub(super) fn any<'p>(&mut self, claims: &[Claim<'p>], troubles: &mut Vec<Trouble<'p>>) {
+        self.any = Some(self.entry(claims, troubles));
+    }
+
+    pub(super) fn build(self) -> Hosts {
+        let mut hosts = Hosts {
+            exact: Strings::new(&self.exact),
+            wild_lengths: Lengths::of(self.wild.iter().map(String::as_bytes)),
+            wild: Strings::new(&self.wild),
+            wild_entries: self.wild_entries.into(),
+            any: self.any.unwrap_or(NONE),
+            entries: self.entries.into(),
+            routes: self.routes.into(),
+            paths: self.paths.into(),
+            prefix_lengths: self.prefix_lengths.into(),
+            index: HashTable::new(),
+        };
+        let hashed: Vec<(u64, u32)> = hosts
+            .entries
+            .iter()
+            .enumerate()
+            .filter(|(_, entry)| entry.lengths.0 != entry.lengths.1)
+            .flat_map(|(number, entry)| {
+                (entry.first..entry.first + entry.count).map(move |i| (number as u32, i))
+            })
+            .map(|(number, i)| {
+                let route = &hosts.routes[i as usize];
+                (hash(salt(number, route.exact), hosts.path(route)), i)
+            })
+            .collect();
+        // Enough room from the start: nothing is ever rehashed.
+        let mut index = HashTable::with_capacity(hashed.len());
+        for (hash, i) in hashed {
+            index.insert_unique(hash, i, |_| hash);
+        }
+        hosts.index = index;
+        hosts
+    }
+
+    fn entry<'p>(&mut self, claims: &[Claim<'p>], troubles: &mut Vec<Trouble<'p>>) -> u32 {
+        let mut literal: Vec<(bool, &[u8], &Claim<'p>)> = Vec::new();
+        let mut patterns: Vec<(&'p str, &Claim<'p>)> = Vec::new();
+        for claim in claims {
+            match claim.path {
+                PathMatch::Exact(path) => literal.push((true, path.as_bytes(), claim)),
+                // `/foo/` and `/foo` are the same prefix, and `/` is the empty one.
+                PathMatch::Prefix(path) => {
+                    literal.push((false, path.strip_suffix('/').unwrap_or(path).as_bytes(), claim));
+                }
+                PathMatch::Regex(pattern) => patterns.push((pattern, claim)),
+            }
+        }
+        literal.sort_by(|(a_exact, a, _), (b_exact, b, _)| {
+            b_exact.cmp(a_exact).then(b.len().cmp(&a.len())).then(a.cmp(b))
+        });
+        let first = self.routes.len() as u32;
+        for group in literal.chunk_by(|a, b| a.0 == b.0 && a.1 == b.1) {
+            let (exact, path, _) = group[0];
+            let target = merge(group.iter().map(|(_, _, c)| *c), troubles);
+            self.routes.push(Route { start: self.paths.len() as u32, len: path.len() as u32, exact, target });
+            self.paths.extend_from_slice(path);
+        }
+        let count = self.routes.len() as u32 - first;
+        let from = self.prefix_lengths.len() as u32;
+        if count as usize > LINEAR {
+            let mut lengths: Vec<u32> =
+                self.routes[first as usize..].iter().filter(|r| !r.exact).map(|r| r.len).collect();
+            lengths.dedup();
+            // Never empty, so that the slice tells that this host's routes are hashed.
+            if lengths.is_empty() {
+                lengths.push(0);
+            }
+            self.prefix_lengths.extend(lengths);
+        }
+        let lengths = (from, self.prefix_lengths.len() as u32);
+        let regexes = (!patterns.is_empty()).then(|| Box::new(regex_routes(patterns, troubles)));
+        self.entries.push(Entry { first, count, lengths, regexes });
+        self.entries.len() as u32 - 1
+    }
+}
+
+/// The target of claims to one path; a conflict if they are of several policies.
+fn merge<'p, 'c>(claims: impl Iterator<Item = &'c Claim<'p>>, troubles: &mut Vec<Trouble<'p>>) -> Target
+where
+    'p: 'c,
+{
+    let mut target: Option<(Target, u32)> = None;
+    for claim in claims {
+        match &mut target {
+            None => target = Some((claim.target, claim.target.policy)),
+            Some((_, first)) if *first == claim.target.policy => {}
+            Some((target, first)) => {
+                target.policy = CONFLICT;
+                troubles.push(Trouble::Clash {
+                    path: claim.path,
+                    first: *first,
+                    second: claim.target.policy,
+                });
+            }
+        }
+    }
+    // The callers' groups are never empty.
+    target.map_or(Target { policy: CONFLICT, label: RouteId::OTHER }, |(target, _)| target)
+}
+
+fn regex_routes<'p>(mut claims: Vec<(&'p str, &Claim<'p>)>, troubles: &mut Vec<Trouble<'p>>) -> RegexRoutes {
+    claims.sort_by_key(|(pattern, _)| *pattern);
+    let mut merged: Vec<(&'p str, Target, Vec<u32>)> = claims
+        .chunk_by(|a, b| a.0 == b.0)
+        .map(|group| {
+            let policies = group.iter().map(|(_, c)| c.target.policy).collect();
+            (group[0].0, merge(group.iter().map(|(_, c)| *c), troubles), policies)
+        })
+        .collect();
+    let mut opaque = Vec::new();
+    loop {
+        let patterns: Vec<&str> = merged.iter().map(|(pattern, ..)| *pattern).collect();
+        match Regexes::new(&patterns) {
+            Ok(regexes) => {
+                let targets = merged.iter().map(|(_, target, _)| *target).collect();
+                return RegexRoutes { regexes, targets, opaque };
+            }
+            Err((i, reason)) => {
+                let (pattern, _, policies) = merged.remove(i);
+                for &policy in &policies {
+                    troubles.push(Trouble::Regex { pattern, policy, reason: reason.clone() });
+                }
+                opaque.extend(policies);
+            }
+        }
+    }
+}
