@@ -1,1 +1,404 @@
-//! TOML to validated types.
+//! One TOML file (and policy files) to validated types, with every error at its line.
+//!
+//! `preflightd.example.toml` documents each key with its default.
+#![forbid(unsafe_code)]
+
+use crate::{
+    http::HeadLimits,
+    policy::{ListenerId, ListenerSpec, PolicySpec, RouteLabels, Table},
+    relay::{ProxyProtocol, RelayLimits, Upstream},
+    worker::{ConnectionLimits, EngineChoice},
+};
+use serde::Deserialize;
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+mod build;
+mod diagnostic;
+mod raw;
+mod source;
+mod watch;
+
+pub use diagnostic::{Diagnostic, escape};
+pub use watch::Watch;
+
+/// Everything that `preflightd run` must know.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where clients connect, by number (`ListenerId`).
+    pub listeners: Vec<Listener>,
+    /// `[workers]`.
+    pub workers: Workers,
+    /// `[limits]`.
+    pub limits: Limits,
+    /// `[relay]`.
+    pub relay: Relay,
+    /// `[admin]`.
+    pub admin: Admin,
+    /// `[log]`.
+    pub log: Log,
+    /// Every policy: of the file itself, of `policy_files`, of `policy_dir`, in this order.
+    pub policies: Arc<[PolicySpec]>,
+}
+
+/// One `[[listener]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// As policies and metrics call it.
+    pub name: String,
+    /// Bound here; port 0: any free one.
+    pub address: SocketAddr,
+    /// The proxy behind it; `None` only with `answer_only`.
+    pub upstream: Option<SocketAddr>,
+    /// How the upstream learns the client's address.
+    pub proxy_protocol: ProxyProtocol,
+    /// Connect to the upstream from the client's own address.
+    pub transparent: bool,
+    /// Ports that clients may name in `Host`; empty: any.
+    pub public_ports: Vec<u16>,
+    /// Further IP addresses by which clients rightly call it.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// `[workers]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Workers {
+    /// Threads; 0: one for each CPU that the process may use.
+    pub count: usize,
+    /// Each worker stays on a CPU of its own.
+    pub pin: bool,
+    /// What drives the sockets.
+    #[serde(deserialize_with = "raw::engine")]
+    pub engine: EngineChoice,
+}
+
+/// `[limits]`: of connections that a worker owns.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Request line and headers, in bytes; a longer head goes to the upstream.
+    pub max_head_bytes: usize,
+    /// From the first byte of a request to the end of its head.
+    #[serde(deserialize_with = "raw::duration")]
+    pub header_timeout: Duration,
+    /// Between requests, and before the first one.
+    #[serde(deserialize_with = "raw::duration")]
+    pub idle_timeout: Duration,
+    /// For a client that does not read its answers.
+    #[serde(deserialize_with = "raw::duration")]
+    pub send_timeout: Duration,
+    /// Open connections of each worker.
+    pub max_connections: usize,
+    /// How long connections may go on after SIGTERM.
+    #[serde(deserialize_with = "raw::duration")]
+    pub shutdown_grace: Duration,
+}
+
+/// `[relay]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Relay {
+    /// Threads; 0: as many as workers.
+    pub threads: usize,
+    /// Connections relayed at once; beyond, a client gets a 503.
+    pub max_connections: usize,
+    /// To reach the upstream.
+    #[serde(deserialize_with = "raw::duration")]
+    pub connect_timeout: Duration,
+    /// Without a byte in either direction; zero: never.
+    #[serde(deserialize_with = "raw::duration")]
+    pub idle_timeout: Duration,
+    /// Buffer for each direction of a connection.
+    pub buffer_bytes: usize,
+}
+
+/// `[admin]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    /// `/metrics`, `/healthz`, `/readyz`; none by default.
+    #[serde(deserialize_with = "raw::optional_address")]
+    pub address: Option<SocketAddr>,
+    /// Unix socket for `explain` and the status; none by default.
+    #[serde(deserialize_with = "raw::optional_path")]
+    pub socket: Option<PathBuf>,
+    /// Bound of the route labels in metrics.
+    pub max_routes: usize,
+}
+
+/// `[log]`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// A level or filter, such as `info`.
+    #[serde(deserialize_with = "raw::log_filter")]
+    pub level: String,
+    /// How lines look.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Default for Workers {
+    fn default() -> Self {
+        Self { count: 0, pin: true, engine: EngineChoice::Auto }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_head_bytes: 16_384,
+            header_timeout: Duration::from_secs(10),
+            // Chrome keeps a connection that it opened ahead of need for five minutes.
+            idle_timeout: Duration::from_secs(300),
+            send_timeout: Duration::from_secs(30),
+            max_connections: 16_384,
+            shutdown_grace: Duration::from_secs(20),
+        }
+    }
+}
+
+impl Default for Relay {
+    fn default() -> Self {
+        Self {
+            threads: 0,
+            max_connections: 16_384,
+            connect_timeout: Duration::from_secs(5),
+            idle_timeout: Duration::from_secs(3600),
+            buffer_bytes: 65_536,
+        }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { address: None, socket: None, max_routes: 512 }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: LogFormat::Text }
+    }
+}
+
+/// What a load found: a configuration unless there are errors, and every finding at its line.
+#[derive(Debug)]
+pub struct Loaded {
+    /// `None`: at least one diagnostic is an error.
+    pub config: Option<Config>,
+    /// Every finding, in order of files and lines.
+    pub diagnostics: Vec<Diagnostic>,
+    /// The files and directories that it was read from.
+    pub files: Vec<PathBuf>,
+    origins: build::Origins,
+}
+
+/// Loads the configuration file with its policy files.
+///
+/// # Errors
+/// The file itself cannot be read. Everything else is a diagnostic.
+pub fn load(path: &Path) -> io::Result<Loaded> {
+    build::load(path)
+}
+
+/// Loads a configuration from a string. No file is read: `policy_dir` and `policy_files` are not followed.
+pub fn load_str(name: &str, text: &str) -> (Option<Config>, Vec<Diagnostic>) {
+    let loaded = build::load_text(name, text);
+    (loaded.config, loaded.diagnostics)
+}
+
+/// Loads policy files beside settings that come from elsewhere (such as the command line).
+///
+/// # Errors
+/// A file cannot be read.
+pub fn load_policies(base: Config, files: &[PathBuf]) -> io::Result<Loaded> {
+    build::load_policies(base, files, false)
+}
+
+/// Loads policy files alone: every listener that a policy names is taken to exist, beside one named `default`.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn load_policies_alone(files: &[PathBuf]) -> io::Result<Loaded> {
+    build::load_policies(Config::of_listeners(Vec::new()), files, true)
+}
+
+/// Whether a file holds nothing but policies: such a file is no configuration, but part of one.
+pub fn is_policy_file(text: &str) -> bool {
+    let root = toml::de::DeTable::parse_recoverable(text).0;
+    !root.get_ref().is_empty() && root.get_ref().keys().all(|key| key.get_ref() == "policy")
+}
+
+impl Loaded {
+    /// Compiles the policies for `listeners`. `None`: there are errors, now or from before. What the table finds is
+    /// added to the diagnostics.
+    pub fn compile(
+        &mut self,
+        listeners: &[ListenerSpec],
+        labels: &mut RouteLabels,
+        generation: u64,
+    ) -> Option<Table> {
+        let config = self.config.as_ref()?;
+        let (table, findings) = Table::compile(listeners, &config.policies, labels, generation);
+        let mut found = self.origins.diagnostics(&config.policies, findings);
+        let refused = found.iter().any(Diagnostic::is_error);
+        self.diagnostics.append(&mut found);
+        (!refused).then_some(table)
+    }
+
+    /// Whether any finding is an error.
+    pub fn has_errors(&self) -> bool {
+        self.diagnostics.iter().any(Diagnostic::is_error)
+    }
+}
+
+impl Config {
+    /// Defaults for these listeners, without policies.
+    pub fn of_listeners(listeners: Vec<Listener>) -> Self {
+        Self {
+            listeners,
+            workers: Workers::default(),
+            limits: Limits::default(),
+            relay: Relay::default(),
+            admin: Admin::default(),
+            log: Log::default(),
+            policies: Arc::new([]),
+        }
+    }
+
+    /// The listeners as the policy table knows them.
+    pub fn listener_specs(&self) -> Vec<ListenerSpec> {
+        self.listeners.iter().enumerate().map(|(i, l)| l.spec(ListenerId(i as u16))).collect()
+    }
+
+    /// Where connections that are not ours go.
+    pub fn upstreams(&self) -> Vec<Upstream> {
+        let upstream = |(i, l): (usize, &Listener)| {
+            Some(Upstream {
+                listener: ListenerId(i as u16),
+                address: l.upstream?,
+                proxy_protocol: l.proxy_protocol,
+                transparent: l.transparent,
+            })
+        };
+        self.listeners.iter().enumerate().filter_map(upstream).collect()
+    }
+
+    /// Number of worker threads: as configured, or one for each CPU that the process may use.
+    pub fn worker_count(&self) -> usize {
+        match self.workers.count {
+            0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            n => n,
+        }
+    }
+
+    /// Bounds of a worker's connections.
+    pub fn connection_limits(&self) -> ConnectionLimits {
+        ConnectionLimits {
+            head: HeadLimits { max_bytes: self.limits.max_head_bytes },
+            header_timeout: self.limits.header_timeout,
+            idle_timeout: self.limits.idle_timeout,
+            send_timeout: self.limits.send_timeout,
+            max_connections: self.limits.max_connections,
+        }
+    }
+
+    /// Bounds of the relay.
+    pub fn relay_limits(&self) -> RelayLimits {
+        RelayLimits {
+            threads: match self.relay.threads {
+                0 => self.worker_count(),
+                n => n,
+            },
+            max_connections: self.relay.max_connections,
+            connect_timeout: self.relay.connect_timeout,
+            idle_timeout: self.relay.idle_timeout,
+            buffer_bytes: self.relay.buffer_bytes,
+        }
+    }
+
+    /// The sections that differ from `other`, apart from policies: they need a restart.
+    pub fn changed_sections(&self, other: &Config) -> Vec<&'static str> {
+        [
+            ("listener", self.listeners != other.listeners),
+            ("workers", self.workers != other.workers),
+            ("limits", self.limits != other.limits),
+            ("relay", self.relay != other.relay),
+            ("admin", self.admin != other.admin),
+            ("log", self.log != other.log),
+        ]
+        .into_iter()
+        .filter_map(|(name, changed)| changed.then_some(name))
+        .collect()
+    }
+
+    /// The policies by the numbers of the listeners in `running`, where both differ. A policy that serves only
+    /// listeners which do not run is left out.
+    pub fn policies_for(&self, running: &[Listener]) -> Arc<[PolicySpec]> {
+        if self.listeners.iter().map(|l| &l.name).eq(running.iter().map(|l| &l.name)) {
+            return self.policies.clone();
+        }
+        let number = |id: &ListenerId| {
+            let name = &self.listeners.get(id.0 as usize)?.name;
+            running.iter().position(|l| l.name == *name).map(|i| ListenerId(i as u16))
+        };
+        let policies = self.policies.iter().filter_map(|policy| {
+            let listeners: Vec<_> = policy.listeners.iter().filter_map(number).collect();
+            // An empty list means all listeners: it must not come about by leaving some out.
+            (policy.listeners.is_empty() || !listeners.is_empty())
+                .then(|| PolicySpec { listeners, ..policy.clone() })
+        });
+        policies.collect()
+    }
+}
+
+impl Listener {
+    /// One with an upstream and defaults.
+    pub fn new(name: &str, address: SocketAddr, upstream: Option<SocketAddr>) -> Self {
+        Self {
+            name: name.to_owned(),
+            address,
+            upstream,
+            proxy_protocol: ProxyProtocol::Auto,
+            transparent: false,
+            public_ports: Vec::new(),
+            addresses: Vec::new(),
+        }
+    }
+
+    fn spec(&self, id: ListenerId) -> ListenerSpec {
+        let bind = self.address.ip();
+        let own = (!bind.is_unspecified()).then_some(bind).into_iter().chain(self.addresses.iter().copied());
+        let literal = |ip: IpAddr| match ip {
+            IpAddr::V4(ip) => ip.to_string(),
+            IpAddr::V6(ip) => format!("[{ip}]"),
+        };
+        ListenerSpec {
+            id,
+            name: self.name.clone(),
+            own_literals: own.map(literal).collect(),
+            loopback_is_own: bind.is_unspecified() || bind.is_loopback(),
+            public_ports: self.public_ports.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

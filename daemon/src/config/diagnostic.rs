@@ -1,0 +1,166 @@
+//! Findings in files, shown as compilers show them: where, the line itself, and what to do about it.
+
+use crate::policy::Severity;
+use anstyle::{AnsiColor, Style};
+use serde::Serialize;
+use std::{fmt, sync::Arc};
+
+/// Something wrong or doubtful in a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Diagnostic {
+    /// Refused or only doubtful.
+    #[serde(serialize_with = "severity_word")]
+    pub severity: Severity,
+    /// Stable kebab-case name, such as `unknown-key`.
+    pub code: &'static str,
+    /// The file as it was named.
+    pub file: Arc<str>,
+    /// Line from 1; 0 where the finding concerns no line (a file that cannot be read).
+    pub line: u32,
+    /// Column from 1 in characters; 0 where there is none.
+    pub column: u32,
+    /// What is wrong.
+    pub message: String,
+    /// What to do about it; may be empty.
+    pub help: String,
+    /// The line and the number of characters to underline.
+    #[serde(skip)]
+    pub(super) excerpt: Option<(String, usize)>,
+}
+
+impl Diagnostic {
+    /// One without a place in a file's text.
+    pub fn of_file(
+        severity: Severity,
+        code: &'static str,
+        file: &str,
+        message: String,
+        help: String,
+    ) -> Self {
+        Self { severity, code, file: file.into(), line: 0, column: 0, message, help, excerpt: None }
+    }
+
+    /// Refused.
+    pub fn is_error(&self) -> bool {
+        self.severity == Severity::Error
+    }
+
+    /// `file:line:column`, as far as there is one.
+    pub fn place(&self) -> String {
+        if self.line == 0 {
+            escape(&self.file)
+        } else {
+            format!("{}:{}:{}", escape(&self.file), self.line, self.column)
+        }
+    }
+}
+
+/// The whole finding with colours; print it through `anstream`, which takes them away where nobody sees them.
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let loud = match self.severity {
+            Severity::Error => AnsiColor::Red,
+            Severity::Warning => AnsiColor::Yellow,
+        }
+        .on_default()
+        .bold();
+        let bold = Style::new().bold();
+        let dim = AnsiColor::Blue.on_default().bold();
+        writeln!(
+            f,
+            "{loud}{}[{}]{loud:#}{bold}: {}{bold:#}",
+            word(self.severity),
+            self.code,
+            escape(&self.message)
+        )?;
+        let gutter = self.line.to_string().len();
+        writeln!(f, "{:gutter$}{dim}-->{dim:#} {}", "", self.place())?;
+        if let Some((text, underline)) = &self.excerpt {
+            let (text, column, underline) = window(text, self.column as usize, *underline);
+            writeln!(f, "{:gutter$} {dim}|{dim:#}", "")?;
+            writeln!(f, "{dim}{} |{dim:#} {text}", self.line)?;
+            writeln!(f, "{:gutter$} {dim}|{dim:#} {:column$}{loud}{:^<underline$}{loud:#}", "", "", "")?;
+        }
+        for line in self.help.lines() {
+            writeln!(f, "{:gutter$} {dim}={dim:#} {bold}help{bold:#}: {}", "", escape(line))?;
+        }
+        Ok(())
+    }
+}
+
+/// `error` or `warning`.
+fn word(severity: Severity) -> &'static str {
+    match severity {
+        Severity::Error => "error",
+        Severity::Warning => "warning",
+    }
+}
+
+/// Makes control characters visible, so that no file or request can steer a terminal.
+pub fn escape(text: &str) -> String {
+    if !text.chars().any(is_unsafe) {
+        return text.to_owned();
+    }
+    text.chars().fold(String::with_capacity(text.len() + 8), |mut out, c| {
+        if is_unsafe(c) {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+        out
+    })
+}
+
+/// Controls (C0, DEL, C1) and the characters that reorder text on screen.
+fn is_unsafe(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// The part of a line around the finding: at most 100 characters, each one column wide on screen. Returns the text,
+/// the offset of the underline and its length.
+fn window(text: &str, column: usize, underline: usize) -> (String, usize, usize) {
+    const WIDTH: usize = 100;
+    let start = column.saturating_sub(1);
+    let skip = if start > WIDTH - 20 { start - 20 } else { 0 };
+    let shown = text.chars().skip(skip).take(WIDTH);
+    let plain: String = shown.map(|c| if is_unsafe(c) { ' ' } else { c }).collect();
+    let rest = plain.chars().count().saturating_sub(start - skip);
+    (plain, start - skip, underline.clamp(1, rest.max(1)))
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn severity_word<S: serde::Serializer>(severity: &Severity, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_str(word(*severity))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shows_the_place() {
+        let d = Diagnostic {
+            severity: Severity::Error,
+            code: "unknown-key",
+            file: "p.toml".into(),
+            line: 12,
+            column: 3,
+            message: "unknown key `orgins`".into(),
+            help: "did you mean `origins`?".into(),
+            excerpt: Some(("  orgins = []".into(), 6)),
+        };
+        let text = anstream::adapter::strip_str(&d.to_string()).to_string();
+        assert_eq!(
+            text,
+            "error[unknown-key]: unknown key `orgins`\n  --> p.toml:12:3\n   |\n12 |   orgins = []\n   |   \
+             ^^^^^^\n   = help: did you mean `origins`?\n"
+        );
+    }
+
+    #[test]
+    fn never_steers_the_terminal() {
+        assert_eq!(escape("a\u{1b}[2Jb\u{202e}\u{9b}"), "a\\u{1b}[2Jb\\u{202e}\\u{9b}");
+        let (text, at, len) = window(&"x".repeat(500), 400, 900);
+        assert!(text.len() <= 100 && at < text.len() && at + len <= text.len());
+    }
+}
