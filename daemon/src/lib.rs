@@ -2,10 +2,11 @@
 //!
 //! The rooms, from the pure core outwards: [`policy`] decides, [`http`] reads heads, [`publish`] brings tables to
 //! workers, [`worker`] answers on sockets, [`relay`] passes the rest, [`config`] and [`cli`] are the user's side,
-//! [`telemetry`] shows what happens.
+//! [`explain`] tells what a request meets, [`telemetry`] shows what happens.
 
 pub mod cli;
 pub mod config;
+pub mod explain;
 pub mod http;
 pub mod policy;
 pub mod publish;

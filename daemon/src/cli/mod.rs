@@ -1,7 +1,254 @@
 //! The command line.
-use std::process::ExitCode;
+//!
+//! Exit codes: 0 good; 1 findings (errors in a file, a request that is denied or passed, a daemon that failed);
+//! 2 usage (wrong arguments, a file that cannot be read, a daemon that cannot be asked).
+#![forbid(unsafe_code)]
+
+use crate::config::LogFormat;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+
+mod check;
+mod explain;
+mod log;
+
+/// Answers CORS preflights beside the proxy, and passes everything else to it, byte for byte.
+#[derive(Debug, Parser)]
+#[command(name = "preflightd", version, arg_required_else_help = true, max_term_width = 110)]
+#[command(after_help = "Examples:
+  preflightd run --config /etc/preflightd/config.toml
+  preflightd check /etc/preflightd/config.toml
+  preflightd explain --config config.toml --url https://api.example.com/v1 \\
+      --origin https://app.example.com --method PUT --header content-type
+
+Exit codes: 0 good, 1 findings, 2 usage.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(Run),
+    Check(Check),
+    Explain(Box<Explain>),
+}
+
+/// Listens, answers preflights, relays the rest.
+///
+/// Policies are read again when their files change, and on SIGHUP; everything else needs a restart. SIGTERM drains:
+/// it stops accepting, finishes what has begun (limits.shutdown_grace), and exits with 0. A second one ends at once.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  preflightd run --config /etc/preflightd/config.toml
+  preflightd run --listen 0.0.0.0:80 --upstream 127.0.0.1:8080 --policy cors.toml --admin 127.0.0.1:9900")]
+struct Run {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE", required_unless_present = "listen", conflicts_with_all = ["listen", "policy"])]
+    config: Option<PathBuf>,
+    /// Instead of a file: listen here (IP address and port).
+    #[arg(long, value_name = "ADDR", requires = "upstream")]
+    listen: Option<SocketAddr>,
+    /// Instead of a file: the proxy behind.
+    #[arg(long, value_name = "ADDR", requires = "listen")]
+    upstream: Option<SocketAddr>,
+    /// Instead of a file: a file of policies; may be repeated.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    policy: Vec<PathBuf>,
+    /// Instead of a file: how the upstream learns the client's address.
+    #[arg(long, value_name = "HOW", requires = "listen", default_value = "auto")]
+    proxy_protocol: ProxyProtocol,
+    /// Overrides workers.count (0: one for each CPU).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    workers: Option<u16>,
+    /// Overrides workers.engine.
+    #[arg(long)]
+    engine: Option<Engine>,
+    /// Overrides admin.address: /metrics, /healthz, /readyz.
+    #[arg(long, value_name = "ADDR")]
+    admin: Option<SocketAddr>,
+    /// Overrides admin.socket: the Unix socket that `explain --admin-socket` asks.
+    #[arg(long, value_name = "PATH")]
+    admin_socket: Option<PathBuf>,
+    /// Overrides log.level and RUST_LOG: error, warn, info, debug, trace, or a filter.
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+    /// Overrides log.format.
+    #[arg(long)]
+    log_format: Option<LogFormat>,
+}
+
+/// Checks configuration files and policy files.
+///
+/// A file that holds nothing but [[policy]] tables is a policy file; all policy files of one call are checked
+/// together. Everything wrong or doubtful is printed with its line and a remedy.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  preflightd check /etc/preflightd/config.toml
+  preflightd check --deny-warnings policies/*.toml
+  preflightd check --format json config.toml | jq -r .message
+
+With --format json each finding is one object a line:
+  {\"severity\", \"code\", \"file\", \"line\", \"column\", \"message\", \"help\"}
+
+Exit codes: 0 no errors, 1 errors (with --deny-warnings: any finding), 2 a file cannot be read.")]
+struct Check {
+    /// Configuration files or policy files.
+    #[arg(value_name = "FILE", required = true)]
+    files: Vec<PathBuf>,
+    /// How findings are printed.
+    #[arg(long, default_value = "text")]
+    format: Format,
+    /// Warnings count as errors.
+    #[arg(long)]
+    deny_warnings: bool,
+}
+
+/// Tells what becomes of one request, step by step, and the answer's exact bytes.
+///
+/// The request goes the same way as one from the network: through the head reader, the policy table and the answer.
+/// It is described by --url, --origin, --method and --header (then the bytes are a browser's), by curl's -X and -H,
+/// or it is read as it is from standard input (--raw).
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  preflightd explain --config config.toml --url https://api.example.com/v1 \\
+      --origin https://app.example.com --method PUT --header content-type --header x-token
+  preflightd explain --policy cors.toml -X OPTIONS -H 'Origin: https://app.example.com' \\
+      -H 'Access-Control-Request-Method: PUT' https://api.example.com/v1
+  printf 'OPTIONS / HTTP/1.1\\r\\n…' | preflightd explain --admin-socket /run/preflightd.sock --raw
+
+Exit codes: 0 answered, and a browser would go on; 1 denied, passed or incomplete, or errors in a file; 2 usage.")]
+struct Explain {
+    #[command(flatten)]
+    from: ExplainFrom,
+    #[command(flatten)]
+    request: ExplainRequest,
+    /// The listener that takes the request; the first one if not given.
+    #[arg(long, value_name = "NAME")]
+    listener: Option<String>,
+    /// How the report is printed.
+    #[arg(long, default_value = "text")]
+    format: Format,
+}
+
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+struct ExplainFrom {
+    /// Ask the policies of this configuration.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Ask the policies of this file; may be repeated.
+    #[arg(long, value_name = "FILE")]
+    policy: Vec<PathBuf>,
+    /// Ask the running daemon by its Unix socket (admin.socket).
+    #[arg(long, value_name = "PATH")]
+    admin_socket: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+struct ExplainRequest {
+    /// The URL that the page fetches.
+    #[arg(long = "url", value_name = "URL", conflicts_with = "positional_url")]
+    url: Option<String>,
+    /// The same, as curl has it.
+    #[arg(value_name = "URL", id = "positional_url")]
+    positional_url: Option<String>,
+    /// The page's origin.
+    #[arg(long, value_name = "ORIGIN")]
+    origin: Option<String>,
+    /// The method that the page asks for.
+    #[arg(long, value_name = "METHOD")]
+    method: Option<String>,
+    /// A header that the page sets; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    header: Vec<String>,
+    /// The request's own method, as curl has it.
+    #[arg(short = 'X', long = "request", value_name = "METHOD", default_value = "OPTIONS")]
+    request_method: String,
+    /// A line of the request, as curl has it; may be repeated.
+    #[arg(short = 'H', value_name = "NAME: VALUE", id = "line")]
+    line: Vec<String>,
+    /// Read the request as it is from standard input.
+    #[arg(long, conflicts_with_all = ["url", "positional_url", "origin", "method", "header", "request_method", "line"])]
+    raw: bool,
+    /// curl's; without effect here.
+    #[arg(long, hide = true)]
+    compressed: bool,
+    /// curl's; without effect here.
+    #[arg(short = 'k', long, hide = true)]
+    insecure: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ProxyProtocol {
+    /// v2 if the upstream understands it, else off.
+    Auto,
+    /// Not sent: the upstream sees this node's address.
+    Off,
+    /// The text version.
+    V1,
+    /// The binary version.
+    V2,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Engine {
+    /// io_uring where the kernel allows it, else epoll.
+    Auto,
+    /// io_uring, or an error.
+    #[value(name = "io_uring")]
+    IoUring,
+    /// epoll.
+    Epoll,
+}
+
+/// Why a command ended badly.
+#[derive(Debug)]
+enum Failure {
+    /// Already told; exit code 1.
+    Findings,
+    /// Exit code 1.
+    Failed(String),
+    /// Exit code 2.
+    Usage(String),
+}
 
 /// Runs the command line; the exit code is 0 good, 1 findings, 2 usage.
 pub fn main() -> ExitCode {
-    todo!()
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version are no errors. A closed standard output is nothing to tell anybody.
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let result = match cli.command {
+        Command::Run(_args) => Err(Failure::Failed("todo".to_owned())),
+        Command::Check(args) => check::check(&args),
+        Command::Explain(args) => explain::explain(&args),
+    };
+    let (code, message) = match result {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Findings) => return ExitCode::from(1),
+        Err(Failure::Failed(message)) => (1, message),
+        Err(Failure::Usage(message)) => (2, message),
+    };
+    let bad = anstyle::AnsiColor::Red.on_default().bold();
+    anstream::eprintln!("{bad}error{bad:#}: {}", crate::config::escape(&message));
+    ExitCode::from(code)
+}
+
+/// Prints to standard output; a reader that has gone away (`| head`) is no error.
+fn print(text: impl std::fmt::Display) {
+    use std::io::Write as _;
+    let _ = write!(anstream::stdout(), "{text}");
 }

@@ -1,0 +1,1 @@
+//! `tracing` to standard error, as text or JSON.
