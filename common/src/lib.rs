@@ -1,5 +1,6 @@
 //! What the eBPF program and user space share: one source for both sides.
 #![cfg_attr(not(test), no_std)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+pub mod abi;
 pub mod preflight;

@@ -1,8 +1,8 @@
 //! preflightd answers CORS preflights beside the proxy from a compiled policy table, and passes all else to it.
 //!
 //! The rooms, from the pure core outwards: [`policy`] decides, [`http`] reads heads, [`publish`] brings tables to
-//! workers, [`worker`] answers on sockets, [`relay`] passes the rest, [`config`] and [`cli`] are the user's side,
-//! [`explain`] tells what a request meets, [`telemetry`] shows what happens.
+//! workers, [`worker`] answers on sockets, [`relay`] passes the rest, `steer` loads the kernel's part, [`config`] and
+//! [`cli`] are the user's side, [`explain`] tells what a request meets, [`telemetry`] shows what happens.
 
 pub mod cli;
 pub mod config;
@@ -12,5 +12,7 @@ pub mod policy;
 pub mod publish;
 pub mod reason;
 pub mod relay;
+#[cfg(feature = "ebpf")]
+pub mod steer;
 pub mod telemetry;
 pub mod worker;
