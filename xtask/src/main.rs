@@ -1,1 +1,36 @@
-fn main() {}
+//! `cargo xtask`: everything that is done with this repository, one file for each subcommand.
+#![forbid(unsafe_code)]
+
+mod build_ebpf;
+mod ebpf_object;
+mod lint;
+mod setup;
+mod sh;
+mod test;
+
+use clap::{Parser, Subcommand};
+
+/// Set-up, tests, demo and benchmarks of preflightd.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    Setup(setup::Arguments),
+    BuildEbpf(build_ebpf::Arguments),
+    Lint(lint::Arguments),
+    Test(test::Arguments),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().task {
+        Task::Setup(arguments) => setup::run(&arguments),
+        Task::BuildEbpf(arguments) => build_ebpf::run(&arguments),
+        Task::Lint(arguments) => lint::run(&arguments),
+        Task::Test(arguments) => test::run(&arguments),
+    }
+}
