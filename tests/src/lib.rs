@@ -1,3 +1,4 @@
 //! The test lab.
 
+pub mod netns;
 pub mod smuggling;
