@@ -1,1 +1,14 @@
-//! Benchmarks.
+//! How preflightd is measured: a load generator, servers to compare with, and honest arithmetic over the rounds.
+//!
+//! Wall-clock figures are only ever compared within one run: every server is up at once, one thread each on one CPU, the
+//! generator on another, in interleaved slices. Slices that other work disturbed are measured again or left out.
+
+pub mod cpu;
+pub mod load;
+pub mod peers;
+pub mod policies;
+pub mod process;
+pub mod report;
+pub mod rounds;
+pub mod stats;
+pub mod workload;

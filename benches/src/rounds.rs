@@ -1,0 +1,119 @@
+//! Interleaved rounds: every combination once a round in shuffled order, disturbed slices measured again.
+#![forbid(unsafe_code)]
+
+use crate::stats::Estimate;
+use std::{collections::HashMap, hash::Hash, io, time::Duration};
+
+/// A slice counts if other work took less than this share of one CPU meanwhile.
+pub const TOLERATED: f64 = 0.03;
+/// How often a disturbed slice is measured again before its round does without it.
+pub const ATTEMPTS: usize = 3;
+
+/// What one slice gave, and how far other work disturbed it.
+#[derive(Clone, Copy, Debug)]
+pub struct Slice<T> {
+    /// The measured values.
+    pub value: T,
+    /// CPU time of other work over the slice's length.
+    pub disturbance: f64,
+}
+
+impl<T> Slice<T> {
+    /// From the CPU time that other work took during `length`.
+    pub fn new(value: T, others: Duration, length: Duration) -> Self {
+        Self { value, disturbance: others.as_secs_f64() / length.as_secs_f64().max(f64::MIN_POSITIVE) }
+    }
+}
+
+/// All slices that count, by what was measured and by round.
+#[derive(Debug)]
+pub struct Rounds<K, T> {
+    rounds: Vec<HashMap<K, T>>,
+    /// Slices measured.
+    pub slices: usize,
+    /// Slices thrown away because other work disturbed them.
+    pub discarded: usize,
+}
+
+impl<K: Copy + Eq + Hash, T: Copy> Rounds<K, T> {
+    /// Measures each of `keys` once a round, `count` rounds long, in an order that is shuffled anew each round.
+    /// With `accept_noise` disturbed slices count too. `progress` hears of each round begun.
+    ///
+    /// # Errors
+    /// A measurement fails.
+    pub fn run(
+        keys: &[K],
+        count: usize,
+        accept_noise: bool,
+        mut progress: impl FnMut(usize),
+        mut measure: impl FnMut(K) -> io::Result<Slice<T>>,
+    ) -> io::Result<Self> {
+        let mut all = Self { rounds: Vec::with_capacity(count), slices: 0, discarded: 0 };
+        let mut order = keys.to_vec();
+        let mut random = Random(0x9E37_79B9_7F4A_7C15);
+        for round in 0..count {
+            progress(round);
+            random.shuffle(&mut order);
+            let mut values = HashMap::new();
+            for &key in &order {
+                for _ in 0..ATTEMPTS {
+                    let slice = measure(key)?;
+                    all.slices += 1;
+                    if accept_noise || slice.disturbance <= TOLERATED {
+                        values.insert(key, slice.value);
+                        break;
+                    }
+                    all.discarded += 1;
+                }
+            }
+            all.rounds.push(values);
+        }
+        Ok(all)
+    }
+
+    /// Median and bounds of one value over the rounds.
+    pub fn estimate(&self, key: K, value: impl Fn(&T) -> f64) -> Option<Estimate> {
+        Estimate::of(self.rounds.iter().filter_map(|round| round.get(&key).map(&value)))
+    }
+
+    /// Median and bounds of the ratio `of` / `to`, each taken within one round: what changes slowly cancels out.
+    pub fn ratio(&self, of: K, to: K, value: impl Fn(&T) -> f64) -> Option<Estimate> {
+        Estimate::of(
+            self.rounds.iter().filter_map(|round| Some(value(round.get(&of)?) / value(round.get(&to)?))),
+        )
+    }
+}
+
+/// xorshift64: an order to shuffle by needs no more.
+struct Random(u64);
+
+impl Random {
+    fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            items.swap(last, (self.0 % (last as u64 + 1)) as usize);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_once_a_round_and_disturbed_slices_do_not_count() {
+        let mut calls = 0;
+        let rounds = Rounds::run(&['a', 'b', 'c'], 7, false, |_| (), |key| {
+            calls += 1;
+            let others = if key == 'c' { Duration::from_millis(50) } else { Duration::ZERO };
+            Ok(Slice::new(if key == 'a' { 2.0 } else { 1.0 }, others, Duration::from_secs(1)))
+        })
+        .expect("measured");
+        assert_eq!(calls, 7 * (2 + ATTEMPTS));
+        assert_eq!(rounds.discarded, 7 * ATTEMPTS);
+        assert_eq!(rounds.ratio('a', 'b', |value| *value).map(|ratio| (ratio.median, ratio.count)), Some((2.0, 7)));
+        assert!(rounds.ratio('a', 'c', |value| *value).is_none());
+    }
+}
