@@ -1,4 +1,18 @@
-//! The test lab.
+//! The test lab: the real daemon, real proxies, a real browser, upstreams that record every byte, and a client that
+//! sends bytes as it is told. Tests by behaviour are in `tests/`; `cargo xtask demo` stands on the same parts.
+//!
+//! Every part runs on free ports in a temporary directory of its own and is gone when its value is dropped.
 
+pub mod browser;
+pub mod client;
+pub mod daemon;
 pub mod netns;
+pub mod nginx;
+pub mod site;
 pub mod smuggling;
+pub mod upstream;
+
+pub use client::{Client, Response};
+pub use daemon::{Config, Daemon, Engine};
+pub use nginx::Nginx;
+pub use upstream::{Behaviour, Upstream};
