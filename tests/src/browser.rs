@@ -19,7 +19,7 @@ pub struct Browser {
     driver: Child,
     address: SocketAddr,
     session: String,
-    _profile: TempDir,
+    profile: TempDir,
 }
 
 /// No background traffic, no prompts; without its sandbox it also runs as root.
@@ -53,9 +53,9 @@ impl Browser {
             .stderr(log)
             .spawn()
             .expect("starting chromedriver");
-        let mut browser = Self { driver, address, session: String::new(), _profile: profile };
+        let mut browser = Self { driver, address, session: String::new(), profile };
         wait_for("chromedriver", || browser.command("GET", "/status", &Value::Null).ok());
-        let data = browser._profile.path().join("data");
+        let data = browser.profile.path().join("data");
         let arguments: Vec<_> = ARGUMENTS
             .into_iter()
             .map(str::to_owned)

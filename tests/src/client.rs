@@ -139,7 +139,7 @@ impl Client {
     }
 
     fn read_some(&mut self) -> io::Result<usize> {
-        let mut chunk = [0; 65536];
+        let mut chunk = [0; 16_384];
         let n = self.stream.read(&mut chunk)?;
         self.buffer.extend_from_slice(&chunk[..n]);
         Ok(n)
@@ -289,7 +289,8 @@ mod tests {
 
     #[test]
     fn responses_are_read_strictly() {
-        let cases: [(&str, &str, Result<Option<usize>, ()>); 9] = [
+        type Parsed = Result<Option<usize>, ()>;
+        let cases: [(&str, &str, Parsed); 9] = [
             ("incomplete head", "HTTP/1.1 204 No Content\r\nA: b\r\n", Ok(None)),
             ("no content", "HTTP/1.1 204 No Content\r\nA: b\r\n\r\nHTTP", Ok(Some(0))),
             ("204 with a length", "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", Err(())),

@@ -1,0 +1,122 @@
+//! A real browser: Chromium loads pages from nginx and fetches another origin through preflightd in front of that
+//! nginx. What CORS allows succeeds, what it denies is blocked by the browser itself.
+
+use preflightd_tests::{
+    Config, Daemon, Nginx,
+    browser::Browser,
+    site::{free_address, have},
+};
+
+#[test]
+fn chromium_obeys_the_answers() {
+    if !have(&["nginx"]) {
+        return;
+    }
+    let Some(browser) = Browser::start() else { return };
+    // Two pages (so two origins), and the site behind the daemon.
+    let (good, evil, site) = (free_address(), free_address(), free_address());
+    let nginx = Nginx::start(&[good, evil, site], |_| {
+        // As its application would: CORS headers on the actual responses. Preflights it would refuse with 405.
+        format!(
+            "server {{ listen {good}; location / {{ default_type text/html; return 200 '<title>good</title>'; }} }}
+            server {{ listen {evil}; location / {{ default_type text/html; return 200 '<title>evil</title>'; }} }}
+            server {{
+                listen {site};
+                add_header Access-Control-Allow-Origin $http_origin always;
+                add_header Access-Control-Allow-Credentials true always;
+                if ($request_method = OPTIONS) {{ return 405; }}
+                location / {{ return 200 \"$request_method $http_x_demo [$http_cookie]\"; }}
+            }}"
+        )
+    });
+    let policies = format!(
+        r#"
+        [[policy]]
+        name = "open"
+        hosts = ["*"]
+        paths = [{{ prefix = "/open" }}]
+        origins = ["http://{good}"]
+        methods = ["PUT"]
+        headers = ["x-demo"]
+        max_age = 600
+
+        [[policy]]
+        name = "credentials"
+        hosts = ["*"]
+        paths = [{{ prefix = "/credentials" }}]
+        origins = ["http://{good}"]
+        methods = ["PUT"]
+        headers = ["x-demo"]
+        credentials = true
+        "#
+    );
+    let daemon = Daemon::start(Config::new(site, policies));
+    let api = daemon.address();
+
+    let fetch = |path: &str, method: &str, header: &str, credentials: &str| {
+        browser.run(&format!(
+            "const response = await fetch('http://{api}{path}', {{
+                method: '{method}', headers: {{'{header}': '1'}}, credentials: '{credentials}'}});
+            return await response.text();"
+        ))
+    };
+    let preflights =
+        |outcome: &str| daemon.metrics().sum("preflightd_requests_total", &[("outcome", outcome)]);
+    let blocked = |result: Result<serde_json::Value, String>| {
+        let error = result.expect_err("the browser must block this");
+        assert!(error.contains("Failed to fetch"), "{error}");
+    };
+
+    browser.open(&format!("http://{good}/"));
+    browser.run("document.cookie = 'session=s3cret'; return 0;").expect("setting a cookie");
+
+    let put = fetch("/open/put", "PUT", "x-demo", "omit").expect("an allowed PUT with a custom header");
+    assert_eq!(put, "PUT 1 []");
+    assert_eq!(count(preflights("allowed")), 1);
+    // The browser keeps the answer for max_age: no second preflight.
+    let put = fetch("/open/put", "PUT", "x-demo", "omit").expect("the same PUT again");
+    assert_eq!(put, "PUT 1 []");
+    assert_eq!(count(preflights("allowed")), 1);
+
+    blocked(fetch("/open/delete", "DELETE", "x-demo", "omit"));
+    blocked(fetch("/open/header", "PUT", "x-other", "omit"));
+    // A cookie needs Access-Control-Allow-Credentials in the preflight's answer.
+    blocked(fetch("/open/cookie", "PUT", "x-demo", "include"));
+    let put = fetch("/credentials/put", "PUT", "x-demo", "include").expect("an allowed PUT with a cookie");
+    assert_eq!(put, "PUT 1 [session=s3cret]");
+
+    browser.open(&format!("http://{evil}/"));
+    blocked(fetch("/open/evil", "PUT", "x-demo", "omit"));
+    blocked(fetch("/credentials/evil", "PUT", "x-demo", "include"));
+
+    let metrics = daemon.metrics();
+    for (outcome, policy, wanted) in [
+        // The uncredentialed answer, and the one that lacked credentials.
+        ("allowed", "open", 2),
+        ("allowed", "credentials", 1),
+        ("denied_method", "open", 1),
+        ("denied_headers", "open", 1),
+        ("denied_origin", "open", 1),
+        ("denied_origin", "credentials", 1),
+    ] {
+        let got = metrics.sum("preflightd_requests_total", &[("outcome", outcome), ("policy", policy)]);
+        assert_eq!(count(got), wanted, "{outcome} by {policy}");
+    }
+    // nginx saw the PUTs that were allowed, no other, and not one preflight.
+    let log = nginx.access_log();
+    let seen = |what: &str| log.iter().filter(|line| line.contains(what)).count();
+    assert_eq!(seen("OPTIONS"), 0, "{log:#?}");
+    assert_eq!(
+        (seen("PUT /open/put"), seen("PUT /credentials/put"), seen("PUT"), seen("DELETE")),
+        (2, 1, 3, 0),
+        "{log:#?}"
+    );
+}
+
+/// A counter's value.
+fn count(value: f64) -> u64 {
+    assert!(value >= 0.0 && value.fract() == 0.0, "{value} is no count");
+    #[expect(clippy::cast_sign_loss, reason = "checked above")]
+    let count = value as u64;
+    count
+}
