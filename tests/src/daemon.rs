@@ -47,7 +47,7 @@ impl Engine {
 pub struct Config {
     /// Where it listens.
     pub address: SocketAddr,
-    /// The proxy behind it.
+    /// The proxy behind it; `None`: it only answers.
     pub upstream: Option<SocketAddr>,
     /// `proxy_protocol` of the listener.
     pub proxy_protocol: &'static str,
@@ -102,14 +102,18 @@ impl Config {
     /// The file's text, with the admin interface at `admin`.
     pub fn toml(&self, admin: SocketAddr) -> String {
         let mut toml = String::new();
-        let upstream = self.upstream.map(|u| format!("upstream = \"{u}\"\n")).unwrap_or_default();
+        let upstream = match self.upstream {
+            Some(upstream) => {
+                format!("upstream = \"{upstream}\"\nproxy_protocol = \"{}\"\n", self.proxy_protocol)
+            }
+            None => "answer_only = true\n".to_owned(),
+        };
         write!(
             toml,
-            "[[listener]]\nname = \"web\"\naddress = \"{}\"\n{upstream}proxy_protocol = \"{}\"\n\n\
+            "[[listener]]\nname = \"web\"\naddress = \"{}\"\n{upstream}\n\
              [workers]\ncount = {}\nengine = \"{}\"\npin = false\n\n[limits]\n{}\n\n[relay]\n{}\n\n\
              [admin]\naddress = \"{admin}\"\n\n{}\n",
             self.address,
-            self.proxy_protocol,
             self.workers,
             self.engine.as_str(),
             self.limits,

@@ -57,7 +57,8 @@ pub fn have_root() -> bool {
 
 /// In CI nothing may be missing.
 fn required(what: impl Display) -> bool {
-    assert!(env::var_os("CI").is_none(), "{what} (`cargo xtask setup` installs what the tests need)");
+    let in_ci = env::var("CI").is_ok_and(|value| !matches!(&*value, "" | "0" | "false"));
+    assert!(!in_ci, "{what} (`cargo xtask setup` installs what the tests need)");
     eprintln!("skipped: {what}");
     true
 }

@@ -18,7 +18,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn start(policies: Vec<Value>) -> Self {
+    fn start(policies: &[Value]) -> Self {
         let next = Arc::new(Mutex::new(Vec::new()));
         let response = Arc::clone(&next);
         let behaviour = Behaviour::Http(Arc::new(move |_| response.lock().expect("the response").clone()));
@@ -116,7 +116,7 @@ fn envoy() {
         policies.push(json!({"name": name, "hosts": [&host], "paths": [{"prefix": "/route"}],
             "inherit": vhost, "envoy": policy["route"]}));
     }
-    let bench = Bench::start(policies);
+    let bench = Bench::start(&policies);
 
     for case in array(&cases["integration_cases"]) {
         let name = text(&case["name"]);
@@ -151,7 +151,7 @@ fn gateway_api() {
         let path = &policy["match"]["pathPrefix"];
         json!({"name": name, "hosts": ["gateway.test"], "paths": [{"prefix": path}], "gateway-api": policy["cors"]})
     });
-    let bench = Bench::start(policies.collect());
+    let bench = Bench::start(&policies.collect::<Vec<_>>());
     for case in array(&cases["cases"]) {
         let name = text(&case["name"]);
         let request = request(&case["request"], "gateway.test", None);
@@ -196,7 +196,7 @@ fn ingress_nginx() {
     let policies = all.iter().enumerate().map(|(i, (_, case))| {
         json!({"name": format!("case-{i}"), "hosts": [host(i)], "ingress-nginx": case["annotations"]})
     });
-    let bench = Bench::start(policies.collect());
+    let bench = Bench::start(&policies.collect::<Vec<_>>());
     for (i, (group, case)) in all.iter().enumerate() {
         let name = text(&case["name"]);
         match *group {
@@ -277,7 +277,7 @@ fn native_request_headers() {
         json!({"name": format!("acrh-{i}"), "hosts": [host(i)], "origins": ["https://app.example"],
             "headers": case["allowed"]})
     });
-    let bench = Bench::start(policies.collect());
+    let bench = Bench::start(&policies.collect::<Vec<_>>());
     for (i, case) in cases.iter().enumerate() {
         let lines = |value: &Value| -> Vec<Vec<String>> {
             array(value).iter().map(|ls| array(ls).iter().map(|l| text(l).to_owned()).collect()).collect()
@@ -308,7 +308,7 @@ fn native_request_headers() {
 fn native_answer() {
     let cases = load("native_strict");
     let answer = &cases["answer"];
-    let bench = Bench::start(vec![
+    let bench = Bench::start(&[
         json!({"name": "answer", "hosts": ["*"], "origins": ["https://app.example"], "methods": ["PUT"]}),
     ]);
     let send = |origin: &str, method: &str| {
@@ -426,7 +426,7 @@ fn expect(bench: &Bench, name: &str, request: &[u8], expect: &Value) {
 fn assert_checked(name: &str, policy: Value, good: bool) {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("policy.toml");
-    fs::write(&file, toml(vec![policy])).expect("writing the policy");
+    fs::write(&file, toml(&[policy])).expect("writing the policy");
     let output = run([Path::new("check"), Path::new("--format"), Path::new("json"), &file]);
     let said = format!(
         "{name}:\n{}{}",
@@ -454,7 +454,7 @@ fn derived_host(i: usize) -> String {
     format!("d{i}.envoy.test")
 }
 
-fn toml(policies: Vec<Value>) -> String {
+fn toml(policies: &[Value]) -> String {
     toml::to_string(&json!({ "policy": policies })).expect("policies as TOML")
 }
 

@@ -115,7 +115,7 @@ fn pipelined_preflights_are_answered_in_order() {
         let (daemon, _upstream) = Daemon::start_simple(engine);
         let mut client = daemon.connect();
         let (allowed, denied) = (allowed(), denied());
-        let pattern = |i: usize| i % 3 == 1 || i % 7 == 0;
+        let pattern = |i: usize| i % 3 == 1 || i.is_multiple_of(7);
         let all: Vec<u8> =
             (0..60).flat_map(|i| if pattern(i) { denied.clone() } else { allowed.clone() }).collect();
         client.send(all);

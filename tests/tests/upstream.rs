@@ -171,9 +171,7 @@ fn back_pressure_both_ways() {
 #[test]
 fn answer_only() {
     for engine in Engine::BOTH {
-        let mut config = Config::new(None, POLICY).engine(engine);
-        config.proxy_protocol = "";
-        let daemon = Daemon::start(config);
+        let daemon = Daemon::start(Config::new(None, POLICY).engine(engine));
         assert_eq!(daemon.preflight(ORIGIN, "PUT", None).status, 204, "{engine:?}");
         for (name, request, status) in [
             ("not ours", get("api.test", "/"), 421),

@@ -1,0 +1,302 @@
+//! What runs where the client is: the load, the live display, the exchanges by curl.
+#![forbid(unsafe_code)]
+
+use crate::{Fallible, load::Seen, scene::POLICY};
+use preflightd_tests::{client::fetch, daemon::Metrics};
+use std::{
+    fs,
+    io::{self, IsTerminal, Write as _},
+    net::SocketAddr,
+    path::PathBuf,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+#[derive(clap::Args)]
+pub(crate) struct Scene {
+    #[arg(long)]
+    place: String,
+    #[arg(long)]
+    site: SocketAddr,
+    #[arg(long)]
+    admin: SocketAddr,
+    #[arg(long)]
+    daemon_pid: u32,
+    #[arg(long)]
+    nginx_pid: u32,
+    #[arg(long)]
+    seconds: u64,
+    #[arg(long)]
+    stay: bool,
+    #[arg(long)]
+    preflightd: PathBuf,
+    #[arg(long)]
+    config: PathBuf,
+}
+
+pub(crate) fn run(scene: &Scene) -> Fallible<()> {
+    wait_ready(scene)?;
+    println!("{}", scene.place);
+    println!("preflightd on {}, nginx behind it, with this policy:\n", scene.site);
+    for line in POLICY.lines() {
+        println!("    {line}");
+    }
+    println!("\nA mixed load for {} s: preflights (some denied), and requests for nginx.\n", scene.seconds);
+    load(scene)?;
+    println!("\nThe same by hand:");
+    exchanges(scene)?;
+    what_next(scene);
+    if scene.stay {
+        println!("\nStays until Ctrl-C.");
+        loop {
+            thread::park();
+        }
+    }
+    Ok(())
+}
+
+fn wait_ready(scene: &Scene) -> Fallible<()> {
+    let end = Instant::now() + Duration::from_secs(15);
+    while !fetch(scene.admin, "/readyz").is_ok_and(|r| r.status == 200) {
+        if Instant::now() > end {
+            return Err("preflightd is not ready after 15 s".to_owned());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Runs the load and shows it once a second.
+fn load(scene: &Scene) -> Fallible<()> {
+    let seen = Seen::default();
+    let mut screen = Screen::new();
+    let outcome = thread::scope(|scope| {
+        seen.start(scope, scene.site);
+        let outcome = watch(scene, &seen, &mut screen);
+        seen.stop();
+        outcome
+    });
+    outcome?;
+    match seen.failed() {
+        0 => Ok(()),
+        n => Err(format!("{n} requests were not answered as they should be")),
+    }
+}
+
+fn watch(scene: &Scene, seen: &Seen, screen: &mut Screen) -> Fallible<()> {
+    let start = Instant::now();
+    let first = Totals::read(scene)?;
+    let mut last = first;
+    let mut all = Vec::new();
+    for second in 1..=scene.seconds {
+        let due = start + Duration::from_secs(second);
+        thread::sleep(due.saturating_duration_since(Instant::now()));
+        let now = Totals::read(scene)?;
+        let latencies = seen.take();
+        let title = format!("{second:>3} of {} s", scene.seconds);
+        screen.frame(&Frame::new(title, &last, &now, latencies.clone(), seen.failed()));
+        all.extend(latencies);
+        last = now;
+    }
+    screen.last(&Frame::new("altogether".to_owned(), &first, &last, all, seen.failed()));
+    Ok(())
+}
+
+/// Counters at one moment.
+#[derive(Clone, Copy)]
+struct Totals {
+    at: Instant,
+    allowed: f64,
+    denied: f64,
+    passed: f64,
+    daemon_cpu: Duration,
+    nginx_cpu: Duration,
+}
+
+impl Totals {
+    fn read(scene: &Scene) -> Fallible<Self> {
+        let response = fetch(scene.admin, "/metrics").map_err(|e| format!("reading the metrics: {e}"))?;
+        let metrics = Metrics::parse(&String::from_utf8_lossy(&response.body));
+        let sum = |outcome: &str| metrics.sum("preflightd_requests_total", &[("outcome", outcome)]);
+        Ok(Self {
+            at: Instant::now(),
+            allowed: sum("allowed"),
+            denied: sum("denied_origin") + sum("denied_method") + sum("denied_headers"),
+            passed: sum("passed"),
+            daemon_cpu: cpu(scene.daemon_pid),
+            nginx_cpu: cpu(scene.nginx_pid),
+        })
+    }
+}
+
+/// CPU time of a process, its threads and its children, by the scheduler's own nanoseconds.
+fn cpu(pid: u32) -> Duration {
+    let mut total = Duration::ZERO;
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let schedstat = fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
+        let nanoseconds = schedstat.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
+        total += Duration::from_nanos(nanoseconds);
+        let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        total += children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(cpu).sum();
+    }
+    total
+}
+
+/// What is shown of a stretch of time.
+struct Frame {
+    title: String,
+    seconds: f64,
+    allowed: f64,
+    denied: f64,
+    passed: f64,
+    p50: u64,
+    p99: u64,
+    daemon_cpu: f64,
+    nginx_cpu: f64,
+    failed: u64,
+}
+
+impl Frame {
+    fn new(title: String, from: &Totals, to: &Totals, mut latencies: Vec<u64>, failed: u64) -> Self {
+        latencies.sort_unstable();
+        let quantile = |q: usize| latencies.get(latencies.len() * q / 100).map_or(0, |ns| ns / 1000);
+        let seconds = to.at.duration_since(from.at).as_secs_f64();
+        Self {
+            title,
+            seconds,
+            allowed: to.allowed - from.allowed,
+            denied: to.denied - from.denied,
+            passed: to.passed - from.passed,
+            p50: quantile(50),
+            p99: quantile(99),
+            daemon_cpu: (to.daemon_cpu.saturating_sub(from.daemon_cpu)).as_secs_f64(),
+            nginx_cpu: (to.nginx_cpu.saturating_sub(from.nginx_cpu)).as_secs_f64(),
+            failed,
+        }
+    }
+
+    fn line(&self) -> String {
+        format!(
+            "{}  answered {:.0}/s ({:.0} denied)  passed {:.0}/s  p50 {} µs  p99 {} µs  CPU preflightd {:.1} % nginx \
+             {:.1} %  failed {}",
+            self.title,
+            (self.allowed + self.denied) / self.seconds,
+            self.denied / self.seconds,
+            self.passed / self.seconds,
+            self.p50,
+            self.p99,
+            100.0 * self.daemon_cpu / self.seconds,
+            100.0 * self.nginx_cpu / self.seconds,
+            self.failed,
+        )
+    }
+
+    fn block(&self) -> [String; 6] {
+        let rate = |n: f64| format!("{:>7.0} /s", n / self.seconds);
+        [
+            format!("  {}", self.title),
+            format!(
+                "  answered   {}   allowed {}, denied {}",
+                rate(self.allowed + self.denied),
+                rate(self.allowed).trim(),
+                rate(self.denied).trim()
+            ),
+            format!("  passed     {}   to nginx, byte for byte", rate(self.passed)),
+            format!("  latency    {:>7} µs   p50 of a preflight; p99 {} µs", self.p50, self.p99),
+            format!(
+                "  CPU        {:>7.1} %    of one core for preflightd; nginx {:.1} %",
+                100.0 * self.daemon_cpu / self.seconds,
+                100.0 * self.nginx_cpu / self.seconds
+            ),
+            format!("  failed     {:>7}", self.failed),
+        ]
+    }
+}
+
+/// A block that is drawn over on a terminal, lines elsewhere.
+struct Screen {
+    terminal: bool,
+    drawn: usize,
+}
+
+impl Screen {
+    fn new() -> Self {
+        Self { terminal: io::stdout().is_terminal(), drawn: 0 }
+    }
+
+    fn frame(&mut self, frame: &Frame) {
+        if !self.terminal {
+            println!("{}", frame.line());
+            return;
+        }
+        let block = frame.block();
+        let mut out = io::stdout().lock();
+        if self.drawn > 0 {
+            // To the first column, that many lines up, and clear from there.
+            let _ = write!(out, "\x1b[{}F\x1b[J", self.drawn);
+        }
+        for line in &block {
+            let _ = writeln!(out, "{line}");
+        }
+        let _ = out.flush();
+        self.drawn = block.len();
+    }
+
+    fn last(&mut self, frame: &Frame) {
+        self.frame(frame);
+        self.drawn = 0;
+    }
+}
+
+/// A few exchanges by curl, each with its command.
+fn exchanges(scene: &Scene) -> Fallible<()> {
+    let url = format!("http://{}/v1/cart", scene.site);
+    let preflight = |origin: &str| {
+        ["-i", "-X", "OPTIONS", &url, "-H", "Host: api.example.com", "-H", &format!("Origin: {origin}"), "-H"]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(["Access-Control-Request-Method: PUT".to_owned()])
+            .collect::<Vec<_>>()
+    };
+    let get = ["-i", &url, "-H", "Host: api.example.com", "-H", "Origin: https://shop.example.com"];
+    for (title, arguments, wanted) in [
+        ("A preflight that is allowed", preflight("https://shop.example.com"), "204"),
+        ("One from elsewhere", preflight("https://evil.example"), "403"),
+        ("The request itself goes to nginx, with the client's address", get.map(str::to_owned).into(), "200"),
+    ] {
+        println!("\n# {title}");
+        println!("$ curl {}", arguments.iter().map(|a| quote(a)).collect::<Vec<_>>().join(" "));
+        let output = Command::new("curl")
+            .args(["--silent", "--show-error", "--max-time", "10"])
+            .args(&arguments)
+            .output()
+            .map_err(|e| format!("running curl: {e}"))?;
+        let said = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        println!("{}", said.trim_end());
+        if !output.status.success() || said.split(' ').nth(1) != Some(wanted) {
+            let error = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("curl was expected to get {wanted}: {}", error.trim()));
+        }
+    }
+    Ok(())
+}
+
+fn quote(argument: &str) -> String {
+    if argument.contains([' ', '*', '&']) { format!("'{argument}'") } else { argument.to_owned() }
+}
+
+fn what_next(scene: &Scene) {
+    let file = scene.preflightd.display();
+    println!("\nWhat to try next:");
+    println!(
+        "  cargo xtask demo --stay        the same, and stays until Ctrl-C: curl it, edit its configuration"
+    );
+    if scene.stay {
+        println!("    its configuration            {}", scene.config.display());
+        println!("    its metrics                  curl http://{}/metrics", scene.admin);
+    }
+    println!("  {file} explain --help     why a preflight is answered or passed, step by step");
+    println!("  {file} check FILE         what is wrong or doubtful in a configuration");
+    println!("  cargo xtask bench              what it costs, beside nginx, haproxy and Envoy");
+}

@@ -1,0 +1,38 @@
+//! `cargo xtask demo`: preflightd before a real nginx, live, on a fresh machine.
+
+use std::{
+    os::unix::process::CommandExt as _,
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{setup, sh};
+
+/// Set up, build, and run preflightd before a real nginx on a mixed load, live
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Passed on, such as --seconds 30, --stay (until Ctrl-C) or --loopback (no namespaces)
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    rest: Vec<String>,
+}
+
+/// Sets up, builds in release, and becomes the demo.
+///
+/// # Errors
+/// If the set-up is incomplete or the build fails.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    setup::run(&setup::Arguments::default())?;
+    sh::run(sh::cargo().args([
+        "build",
+        "--release",
+        "--package=preflightd",
+        "--package=preflightd-tests",
+        "--bin=preflightd",
+        "--bin=preflightd-demo",
+    ]))?;
+    let demo = sh::root().join("target/release/preflightd-demo");
+    // In place of this process, so that Ctrl-C finds only one to wait for.
+    let error = Command::new(&demo).args(&arguments.rest).exec();
+    Err(error).with_context(|| format!("cannot run {}", demo.display()))
+}
