@@ -64,7 +64,7 @@ pub(crate) fn run(stage: &Stage) -> Fallible<ExitCode> {
         )
     });
     let directory = tempfile::tempdir().map_err(|e| format!("making a directory: {e}"))?;
-    let daemon = Daemon(start_daemon(&net, &daemon_file, &addresses, directory.path())?);
+    let mut daemon = Daemon(start_daemon(&net, &daemon_file, &addresses, directory.path())?);
 
     let this = env::current_exe().map_err(|e| format!("where is this program? {e}"))?;
     let mut show = net.on_client(&this);
@@ -82,7 +82,7 @@ pub(crate) fn run(stage: &Stage) -> Fallible<ExitCode> {
     if stage.stay {
         show.arg("--stay");
     }
-    let status = interrupted.run(show)?;
+    let status = interrupted.run(show, &mut daemon.0)?;
     let log = fs::read_to_string(directory.path().join("log")).unwrap_or_default();
     drop((daemon, nginx, net));
     if interrupted.happened() {
@@ -253,14 +253,14 @@ impl Interrupt {
         self.happened.load(Ordering::Acquire)
     }
 
-    /// Runs the client's part to its end.
-    fn run(&self, mut command: Command) -> Fallible<process::ExitStatus> {
+    /// Runs the client's part to its end, or to the daemon's.
+    fn run(&self, mut command: Command, daemon: &mut Child) -> Fallible<process::ExitStatus> {
         let child = command.spawn().map_err(|e| format!("starting {command:?}: {e}"))?;
         *self.child.lock().map_err(|e| e.to_string())? = Some(child);
         loop {
             let mut child = self.child.lock().map_err(|e| e.to_string())?;
             if let Some(child) = child.as_mut() {
-                if self.happened() {
+                if self.happened() || !matches!(daemon.try_wait(), Ok(None)) {
                     signal(child, Signal::TERM);
                 }
                 if let Some(status) = child.try_wait().map_err(|e| format!("waiting: {e}"))? {
