@@ -334,7 +334,6 @@ fn native_origin_patterns() {
         assert_checked(text(pattern), json!({"name": "p", "hosts": ["*"], "origins": [pattern]}), true);
     }
     for (pattern, why) in object(&cases["origin_pattern_rejected"]) {
-        // `null` is refused unless it is listed as such, which is a rule of its own.
         let name = format!("{pattern} ({why})");
         assert_checked(&name, json!({"name": "p", "hosts": ["*"], "origins": [pattern]}), false);
     }

@@ -18,7 +18,8 @@ fn arrives_byte_by_byte() {
         let mut reasons = BTreeMap::<_, u32>::new();
         for case in smuggling::cases() {
             for front in ["", smuggling::PREFLIGHT] {
-                let name = format!("{engine:?}, {}{}", case.name, if front.is_empty() { "" } else { ", pipelined" });
+                let name =
+                    format!("{engine:?}, {}{}", case.name, if front.is_empty() { "" } else { ", pipelined" });
                 let index = upstream.count();
                 let mut client = daemon.connect();
                 client.send([front.as_bytes(), &case.bytes].concat());
@@ -42,8 +43,13 @@ fn arrives_byte_by_byte() {
         }
         let metrics = daemon.metrics();
         for (reason, wanted) in reasons {
-            let counted = metrics.sum("preflightd_requests_total", &[("outcome", "passed"), ("reason", reason)]);
-            assert_eq!(counted.to_bits(), f64::from(wanted).to_bits(), "{engine:?}: {counted} passed as {reason}");
+            let counted =
+                metrics.sum("preflightd_requests_total", &[("outcome", "passed"), ("reason", reason)]);
+            assert_eq!(
+                counted.to_bits(),
+                f64::from(wanted).to_bits(),
+                "{engine:?}: {counted} passed as {reason}"
+            );
         }
     }
 }
