@@ -59,6 +59,8 @@ pub struct Config {
     pub limits: String,
     /// Lines of `[relay]`.
     pub relay: String,
+    /// Further lines of `[admin]`.
+    pub admin: String,
     /// `[[policy]]` tables and whatever else comes at the end.
     pub policies: String,
 }
@@ -74,6 +76,7 @@ impl Config {
             engine: Engine::Auto,
             limits: String::new(),
             relay: String::new(),
+            admin: String::new(),
             policies: policies.into(),
         }
     }
@@ -112,12 +115,13 @@ impl Config {
             toml,
             "[[listener]]\nname = \"web\"\naddress = \"{}\"\n{upstream}\n\
              [workers]\ncount = {}\nengine = \"{}\"\npin = false\n\n[limits]\n{}\n\n[relay]\n{}\n\n\
-             [admin]\naddress = \"{admin}\"\n\n{}\n",
+             [admin]\naddress = \"{admin}\"\n{}\n\n{}\n",
             self.address,
             self.workers,
             self.engine.as_str(),
             self.limits,
             self.relay,
+            self.admin,
             self.policies,
         )
         .expect("writing into a string");
@@ -334,6 +338,15 @@ impl Metrics {
         matching.map(|s| s.value).sum()
     }
 
+    /// As [`Metrics::sum`], of a counter.
+    pub fn count(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
+        let sum = self.sum(name, labels);
+        assert!(sum >= 0.0 && sum.fract() == 0.0, "{name} is {sum}, no count");
+        #[expect(clippy::cast_sign_loss, reason = "checked above")]
+        let count = sum as u64;
+        count
+    }
+
     /// Whether there is any sample of this name.
     pub fn has(&self, name: &str) -> bool {
         self.0.iter().any(|s| s.name == name)
@@ -386,8 +399,8 @@ mod tests {
     #[test]
     fn metrics_are_read() {
         let metrics = Metrics::parse("# HELP a b\na{x=\"1\",y=\"q\\\"}\"} 2\na{x=\"2\"} 3\nb 0.5\n");
-        assert_eq!(metrics.sum("a", &[]).to_bits(), 5f64.to_bits());
-        assert_eq!(metrics.sum("a", &[("y", "q\"}")]).to_bits(), 2f64.to_bits());
+        assert_eq!(metrics.count("a", &[]), 5);
+        assert_eq!(metrics.count("a", &[("y", "q\"}")]), 2);
         assert_eq!(metrics.sum("b", &[]).to_bits(), 0.5f64.to_bits());
         assert!(!metrics.has("c"));
     }

@@ -100,10 +100,11 @@ fn a_bad_file_changes_nothing() {
         ("a refused origin", toml(&policy(2).replace("https://app.example", "https://app.example/"))),
         ("empty", String::new()),
     ] {
-        let refused = |d: &Daemon| d.metrics().sum("preflightd_reloads_total", &[("result", "refused")]);
-        let before = refused(&daemon);
+        let refused = || daemon.metrics().count("preflightd_reloads_total", &[("result", "refused")]);
+        let before = refused();
         daemon.rewrite_text(&text);
-        wait_until(format_args!("{name} to be refused"), || refused(&daemon) > before);
+        wait_until(format_args!("{name} to be refused"), || refused() > before);
+        assert_eq!(daemon.metrics().count("preflightd_policies_current", &[]), 0, "{name}");
         assert_eq!(current(&daemon), Some(1), "{name}");
         assert_eq!(max_age(&kept.exchange(request())), Some(1), "{name}");
         let ready = preflightd_tests::client::fetch(daemon.admin(), "/readyz").expect("/readyz");
@@ -113,13 +114,14 @@ fn a_bad_file_changes_nothing() {
     daemon.rewrite(good.policies(&policy(3)));
     wait_until("the next good file", || current(&daemon) == Some(3));
     assert_eq!(max_age(&kept.exchange(request())), Some(3));
+    assert_eq!(daemon.metrics().count("preflightd_policies_current", &[]), 1);
 }
 
 #[test]
 fn sighup_alone_reloads() {
     let upstream = Upstream::start(Behaviour::report());
     let daemon = Daemon::start(Config::new(upstream.address(), policy(1)));
-    let reloads = || daemon.metrics().sum("preflightd_reloads_total", &[]);
+    let reloads = || daemon.metrics().count("preflightd_reloads_total", &[]);
     let before = reloads();
     daemon.signal(Signal::HUP);
     wait_until("a reload", || reloads() > before);

@@ -2,7 +2,7 @@
 
 use preflightd_tests::{
     Behaviour, Client, Config, Daemon, Engine, Upstream,
-    client::preflight,
+    client::{fetch, preflight},
     daemon::{ORIGIN, POLICY},
     site::wait_until,
 };
@@ -28,6 +28,8 @@ fn drains_and_exits_with_0() {
         daemon.signal(Signal::TERM);
         idle.expect_end();
         wait_until("new connections to be refused", || Client::try_connect(daemon.address()).is_err());
+        let ready = fetch(daemon.admin(), "/readyz").expect("/readyz while draining");
+        assert_eq!(ready.status, 503, "{engine:?}: {ready:?}");
         begun.send(&request[100..]);
         let response = begun.response();
         assert_eq!(response.status, 204, "{engine:?}");

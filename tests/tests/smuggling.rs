@@ -15,7 +15,7 @@ fn arrives_byte_by_byte() {
     for engine in Engine::BOTH {
         let upstream = Upstream::start(Behaviour::AtEnd(refusal.into()));
         let daemon = Daemon::start(Config::new(upstream.address(), policy.as_str()).engine(engine));
-        let mut reasons = BTreeMap::<_, u32>::new();
+        let mut reasons = BTreeMap::<_, u64>::new();
         for case in smuggling::cases() {
             for front in ["", smuggling::PREFLIGHT] {
                 let name =

@@ -122,7 +122,7 @@ impl Totals {
         Ok(Self {
             at: Instant::now(),
             allowed: sum("allowed"),
-            denied: sum("denied_origin") + sum("denied_method") + sum("denied_headers"),
+            denied: sum("denied"),
             passed: sum("passed"),
             daemon_cpu: cpu(scene.daemon_pid),
             nginx_cpu: cpu(scene.nginx_pid),
