@@ -227,7 +227,7 @@ mod tests {
                 headers: head.headers.iter().map(|line| line.to_vec()).collect(),
                 private_network: head.private_network,
                 keep: head.connection != Connection::Close,
-                version_1_1: bytes[..head.len].windows(10).any(|ten| ten == b"HTTP/1.1\r\n"),
+                keep_1_0: head.connection == Connection::KeepAlive10,
                 len: head.len,
             }),
             _ => None,

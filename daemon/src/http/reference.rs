@@ -12,7 +12,8 @@ pub(super) struct Preflight {
     pub(super) private_network: bool,
     /// The connection stays open.
     pub(super) keep: bool,
-    pub(super) version_1_1: bool,
+    /// By HTTP/1.0, where the answer must say so.
+    pub(super) keep_1_0: bool,
     pub(super) len: usize,
 }
 
@@ -115,7 +116,10 @@ pub(super) fn preflight(buf: &[u8], max_bytes: usize) -> Option<Preflight> {
     if request_headers.len() > 32 || private_network.len() > 1 {
         return None;
     }
-    let connection = all("connection").first().map(|value| value.to_ascii_lowercase());
+    let keep = match all("connection").first() {
+        Some(word) => word.eq_ignore_ascii_case("keep-alive"),
+        None => version_1_1,
+    };
     let bytes = |value: &str| -> Vec<u8> { value.chars().map(|c| c as u8).collect() };
     Some(Preflight {
         host: bytes(host),
@@ -124,8 +128,8 @@ pub(super) fn preflight(buf: &[u8], max_bytes: usize) -> Option<Preflight> {
         method: bytes(method),
         headers: request_headers.into_iter().map(bytes).collect(),
         private_network: private_network == ["true"],
-        keep: connection.map_or(version_1_1, |word| word == "keep-alive"),
-        version_1_1,
+        keep,
+        keep_1_0: keep && !version_1_1,
         len,
     })
 }
