@@ -65,7 +65,7 @@ struct Queue {
 
 impl Queue {
     fn push(&self, value: Value) -> Result<(), Value> {
-        let mut items = self.items.lock().unwrap();
+        let mut items = self.items.lock().expect("lock");
         if items.len() == self.capacity {
             return Err(value);
         }
@@ -74,7 +74,7 @@ impl Queue {
     }
 
     fn pop(&self) -> Option<Value> {
-        self.items.lock().unwrap().pop_front()
+        self.items.lock().expect("lock").pop_front()
     }
 }
 
@@ -92,9 +92,9 @@ struct End(Arc<Model>);
 impl End {
     /// As poll(2) on the eventfd: returns when it is readable, reads nothing.
     fn sleep(&self) {
-        let mut woken = self.0.woken.lock().unwrap();
+        let mut woken = self.0.woken.lock().expect("lock");
         while !*woken {
-            woken = self.0.wakes.wait(woken).unwrap();
+            woken = self.0.wakes.wait(woken).expect("lock");
         }
     }
 }
@@ -105,7 +105,7 @@ impl Outlet<Value> for End {
     }
 
     fn wake(&self) {
-        *self.0.woken.lock().unwrap() = true;
+        *self.0.woken.lock().expect("lock") = true;
         self.0.wakes.notify_one();
     }
 
@@ -120,7 +120,7 @@ impl Outlet<Value> for End {
 
 impl Inlet<Value> for End {
     fn clear_wake(&self) {
-        *self.0.woken.lock().unwrap() = false;
+        *self.0.woken.lock().expect("lock") = false;
     }
 
     fn receive(&mut self) -> Option<Value> {
@@ -176,7 +176,7 @@ fn publish_all(depth: usize, publications: u64, preemptions: Option<usize>) {
             thread::yield_now();
         }
         assert_eq!(control.acknowledged(), publications);
-        let holder = worker.join().unwrap();
+        let holder = worker.join().expect("worker");
         assert_eq!(holder.current().generation(), publications, "the newest wins");
         assert_eq!(ledger.alive(), 1, "all but the current one are freed, by the control side's tick");
         drop((holder, control));
@@ -211,7 +211,7 @@ fn loom_acknowledged_is_never_ahead_of_the_table_in_use() {
             holder
         });
         let acknowledged = control.acknowledged();
-        let holder = worker.join().unwrap();
+        let holder = worker.join().expect("worker");
         assert!(acknowledged <= holder.current().generation());
         assert_eq!(in_use.load(Ordering::Relaxed), holder.current().generation());
     });
@@ -227,7 +227,7 @@ fn loom_a_subscriber_that_ends_midway_leaks_nothing() {
         });
         control.publish(ledger.value(1));
         control.publish(ledger.value(2));
-        worker.join().unwrap();
+        worker.join().expect("worker");
         control.tick();
         drop(control);
         assert_eq!(ledger.alive(), 0);

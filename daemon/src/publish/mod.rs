@@ -44,6 +44,10 @@ impl Publisher {
     ///
     /// # Errors
     /// No eventfd can be made (descriptor limit).
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "the caller must keep no table: its last owner frees it"
+    )]
     pub fn new(workers: usize, first: Arc<Table>) -> io::Result<(Publisher, Vec<Subscriber>)> {
         let mut controls = Vec::with_capacity(workers);
         let mut subscribers = Vec::with_capacity(workers);
@@ -65,7 +69,7 @@ impl Publisher {
 
     /// Sends what a full ring held back and frees what came back; call it now and then. True: nothing is pending.
     pub fn tick(&mut self) -> bool {
-        self.subscribers.iter_mut().fold(true, |settled, subscriber| subscriber.tick() && settled)
+        self.subscribers.iter_mut().map(Control::tick).filter(|settled| !settled).count() == 0
     }
 
     /// The generation that every subscriber has taken: readiness waits for it. `u64::MAX` without subscribers.

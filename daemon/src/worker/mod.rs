@@ -1,7 +1,27 @@
 //! The workers: one thread per core, each with its own listening sockets, ring and table.
 
 use crate::{http::HeadLimits, policy::ListenerId, publish::Subscriber, relay, telemetry::WorkerStats};
-use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
+use epoll::Epoll;
+use rustix::{
+    process::{Resource, getrlimit, setrlimit},
+    thread::{CpuSet, sched_setaffinity},
+};
+use shared::{Shared, Stop};
+use std::{
+    fmt, io,
+    os::fd::OwnedFd,
+    sync::{Arc, mpsc},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+use tracing::{error, info, warn};
+use uring::{Features, Uring};
+
+mod connection;
+mod epoll;
+pub mod listen;
+mod shared;
+mod uring;
 
 /// Which engine drives the sockets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,34 +80,170 @@ pub struct WorkerListener {
 
 /// Running workers.
 #[derive(Debug)]
-pub struct Workers {}
+pub struct Workers {
+    engine: String,
+    threads: Vec<JoinHandle<io::Result<()>>>,
+    stops: Vec<Arc<Stop>>,
+}
 
 impl Workers {
-    /// Chooses the engine once, logs it, starts a thread for each set-up.
+    /// Chooses the engine once, logs it, starts a thread for each set-up. They accept when this returns.
     ///
     /// # Errors
     /// The engine was asked for by name and the kernel has it not, or a thread or ring cannot be made.
     pub fn start(
-        _setups: Vec<WorkerSetup>,
-        _engine: EngineChoice,
-        _limits: ConnectionLimits,
+        setups: Vec<WorkerSetup>,
+        engine: EngineChoice,
+        mut limits: ConnectionLimits,
     ) -> io::Result<Workers> {
-        todo!()
+        let open_files = raise_open_files();
+        let engine = Engine::choose(engine)?;
+        if let Engine::Uring(features) = engine
+            && features.is_direct()
+        {
+            let listeners = setups.iter().map(|setup| setup.listeners.len()).max().unwrap_or(0);
+            let beyond = uring::entries(limits.max_connections, listeners).saturating_sub(open_files);
+            if beyond > 0 {
+                let fits = limits.max_connections.saturating_sub(beyond).max(1);
+                warn!(
+                    max_connections = limits.max_connections,
+                    open_files,
+                    fits,
+                    "the limit on open files is too low for limits.max_connections: raise it; using less"
+                );
+                limits.max_connections = fits;
+            }
+        }
+        info!(engine = %engine, workers = setups.len(), "starting workers");
+        let mut workers = Workers { engine: engine.to_string(), threads: Vec::new(), stops: Vec::new() };
+        let (started, starts) = mpsc::channel();
+        let count = setups.len();
+        for setup in setups {
+            let stop = Arc::new(Stop::new()?);
+            workers.stops.push(Arc::clone(&stop));
+            let started = started.clone();
+            let name = format!("worker-{}", setup.index);
+            let run = move || run(setup, engine, limits, stop, &started);
+            workers.threads.push(thread::Builder::new().name(name).spawn(run)?);
+        }
+        drop(started);
+        // A worker that fails says so by its result; the others then stop as the senders of their order go.
+        let ready = starts.iter().take(count).count();
+        if ready < count {
+            workers.shutdown(Duration::ZERO);
+            return Err(workers
+                .join()
+                .err()
+                .unwrap_or_else(|| io::Error::other("a worker ended while starting")));
+        }
+        Ok(workers)
     }
 
     /// The engine in use: `io_uring` or `epoll`, with its features, for logs and metrics.
     pub fn engine(&self) -> &str {
-        todo!()
+        &self.engine
     }
 
     /// Stops accepting (what the kernel had accepted is still served), closes idle connections, finishes the others,
     /// at most until `grace` is over, then ends the threads. Does not block: see [`Workers::join`].
-    pub fn shutdown(&self, _grace: Duration) {
-        todo!()
+    pub fn shutdown(&self, grace: Duration) {
+        for stop in &self.stops {
+            stop.order(grace);
+        }
     }
 
     /// Waits for the threads.
+    ///
+    /// # Errors
+    /// The first failure of a worker.
     pub fn join(self) -> io::Result<()> {
-        todo!()
+        let mut first = Ok(());
+        for thread in self.threads {
+            let result = thread.join().unwrap_or_else(|_| Err(io::Error::other("a worker panicked")));
+            first = first.and(result);
+        }
+        first
     }
+}
+
+/// The engine as chosen.
+#[derive(Clone, Copy, Debug)]
+enum Engine {
+    Uring(Features),
+    Epoll,
+}
+
+impl Engine {
+    fn choose(choice: EngineChoice) -> io::Result<Self> {
+        if choice == EngineChoice::Epoll {
+            return Ok(Engine::Epoll);
+        }
+        match Features::probe() {
+            Ok(features) => Ok(Engine::Uring(features)),
+            Err(error) if choice == EngineChoice::Auto && error.kind() == io::ErrorKind::Unsupported => {
+                warn!(%error, "no io_uring here: the workers use epoll");
+                Ok(Engine::Epoll)
+            }
+            Err(error) => Err(io::Error::new(
+                error.kind(),
+                format!(
+                    "cannot use io_uring: {error}; allow it, or set workers.engine = \"auto\" or \"epoll\""
+                ),
+            )),
+        }
+    }
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Engine::Uring(features) => features.fmt(f),
+            Engine::Epoll => f.write_str("epoll"),
+        }
+    }
+}
+
+/// A worker's thread.
+fn run(
+    setup: WorkerSetup,
+    engine: Engine,
+    limits: ConnectionLimits,
+    stop: Arc<Stop>,
+    started: &mpsc::Sender<()>,
+) -> io::Result<()> {
+    let WorkerSetup { index, cpu, listeners, tables, relay, stats } = setup;
+    if let Some(cpu) = cpu {
+        let mut set = CpuSet::new();
+        set.set(cpu);
+        if let Err(error) = sched_setaffinity(None, &set) {
+            warn!(worker = index, cpu, %error, "cannot pin the worker to its CPU: it runs where the kernel puts it");
+        }
+    }
+    let slots = uring::entries(limits.max_connections, listeners.len());
+    let shared = Shared::new(tables, relay, stats, limits, stop, slots);
+    let result = match engine {
+        Engine::Uring(features) => Uring::new(features, listeners, shared).and_then(|uring| {
+            let _ = started.send(());
+            uring.run()
+        }),
+        Engine::Epoll => Epoll::new(listeners, shared).and_then(|epoll| {
+            let _ = started.send(());
+            epoll.run()
+        }),
+    };
+    if let Err(error) = &result {
+        error!(worker = index, %error, "the worker ended");
+    }
+    result
+}
+
+/// Raises the soft limit on open files to the hard one and returns it.
+fn raise_open_files() -> usize {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Refused only in odd set-ups; then the soft limit stays.
+    let _ = setrlimit(Resource::Nofile, limit);
+    getrlimit(Resource::Nofile)
+        .current
+        .map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
 }

@@ -1,0 +1,368 @@
+//! What a worker has whatever engine drives it: its table, its clock, the timers, the way to the relay, and the order
+//! to stop.
+#![forbid(unsafe_code)]
+
+use super::{
+    ConnectionLimits,
+    connection::{Context, LINGER, Wait},
+};
+use crate::{
+    http::{date::imf_fixdate, error::ErrorResponse},
+    publish::Subscriber,
+    relay::{self, Handoff},
+    telemetry::WorkerStats,
+};
+use rustix::{
+    event::{EventfdFlags, eventfd},
+    net::SendFlags,
+};
+use std::{
+    cell::Cell,
+    collections::VecDeque,
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+/// How often a connection is tried again that the relay had no room for.
+pub(super) const HANDOFF_RETRY: Duration = Duration::from_millis(5);
+
+/// How long accepting pauses after it failed for want of descriptors or memory.
+pub(super) const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// The order to stop, from any thread to one worker.
+#[derive(Debug)]
+pub(super) struct Stop {
+    /// Readable once the order is given.
+    pub(super) wake: OwnedFd,
+    /// 0: run. Else one more than the grace in milliseconds.
+    order: AtomicU64,
+}
+
+impl Stop {
+    pub(super) fn new() -> io::Result<Self> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { wake, order: AtomicU64::new(0) })
+    }
+
+    /// Gives the order.
+    pub(super) fn order(&self, grace: Duration) {
+        let grace = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX).saturating_add(1);
+        self.order.store(grace, Ordering::Release);
+        // Refused only where the counter is at its top: readable already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    fn grace(&self) -> Option<u64> {
+        self.order.load(Ordering::Acquire).checked_sub(1)
+    }
+}
+
+/// What both engines keep beside their sockets.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) tables: Subscriber,
+    pub(super) stats: Arc<WorkerStats>,
+    pub(super) limits: ConnectionLimits,
+    pub(super) clock: Clock,
+    pub(super) timers: Timers,
+    pub(super) stop: Arc<Stop>,
+    /// Millisecond of the clock by which a worker that was told to stop has ended.
+    pub(super) draining: Option<u64>,
+    /// Open connections.
+    pub(super) live: usize,
+    relay: Option<relay::Handle>,
+    waiting: VecDeque<(Handoff, u64)>,
+    answers: Cell<u64>,
+}
+
+impl Shared {
+    /// The parts of `setup` but its sockets, for connections numbered below `slots`.
+    pub(super) fn new(
+        tables: Subscriber,
+        relay: Option<relay::Handle>,
+        stats: Arc<WorkerStats>,
+        limits: ConnectionLimits,
+        stop: Arc<Stop>,
+        slots: usize,
+    ) -> Self {
+        Self {
+            tables,
+            stats,
+            limits,
+            clock: Clock::new(),
+            timers: Timers::new(slots),
+            stop,
+            draining: None,
+            live: 0,
+            relay,
+            waiting: VecDeque::new(),
+            answers: Cell::new(0),
+        }
+    }
+
+    /// For [`super::connection::Connection::advance`].
+    #[inline]
+    pub(super) fn context(&self) -> Context<'_> {
+        Context {
+            table: self.tables.table(),
+            date: &self.clock.date,
+            head: self.limits.head,
+            stats: &self.stats,
+            draining: self.draining.is_some(),
+            answers: &self.answers,
+        }
+    }
+
+    /// Starts the timer of a connection.
+    #[inline]
+    pub(super) fn start_timer(&mut self, slot: usize, wait: Wait) {
+        let timeout = match wait {
+            Wait::Idle => self.limits.idle_timeout,
+            Wait::Head | Wait::Relay => self.limits.header_timeout,
+            Wait::Send => self.limits.send_timeout,
+            Wait::Linger => LINGER,
+        };
+        self.timers.start(slot, wait, self.clock.now + timeout.as_millis() as u64);
+    }
+
+    /// How often timers are looked at.
+    pub(super) fn tick(&self) -> Duration {
+        let limits = &self.limits;
+        let shortest = limits.header_timeout.min(limits.idle_timeout).min(limits.send_timeout).min(LINGER);
+        (shortest / 8).clamp(Duration::from_millis(5), Duration::from_millis(500))
+    }
+
+    /// Gives a connection to the relay, or keeps it until there is room.
+    pub(super) fn hand_over(&mut self, handoff: Handoff) {
+        let deadline = self.clock.now + self.limits.header_timeout.as_millis() as u64;
+        self.waiting.push_back((handoff, deadline));
+        self.retry_handoffs();
+    }
+
+    /// Tries those again that the relay had no room for, oldest first. One that waited too long gets a 503.
+    pub(super) fn retry_handoffs(&mut self) {
+        while let Some((handoff, deadline)) = self.waiting.pop_front() {
+            let back = match &mut self.relay {
+                Some(relay) => relay.push(handoff),
+                None => Err(handoff),
+            };
+            match back {
+                Ok(()) => self.stats.handed_over.add(1),
+                Err(handoff) if self.relay.is_none() || deadline <= self.clock.now => {
+                    self.turn_away(&handoff)
+                }
+                Err(handoff) => return self.waiting.push_front((handoff, deadline)),
+            }
+        }
+    }
+
+    /// Connections wait for room in the relay.
+    pub(super) fn handoffs_wait(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    fn turn_away(&self, handoff: &Handoff) {
+        let mut response = Vec::new();
+        ErrorResponse::Overloaded.render(&self.clock.date, &mut response);
+        self.stats.error_responses.add(1);
+        self.stats.closed.add(1);
+        // Best effort: it fits into the send buffer of a client that has taken all answers before, or is lost.
+        let _ = rustix::net::send(&handoff.client, &response, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    }
+
+    /// Looks whether the order to stop was given. True: it has just been seen.
+    pub(super) fn check_stop(&mut self) -> bool {
+        if self.draining.is_none()
+            && let Some(grace) = self.stop.grace()
+        {
+            self.draining = Some(self.clock.now.saturating_add(grace));
+            return true;
+        }
+        false
+    }
+
+    /// Notes the latency of the answers that were rendered since the batch began, now that the kernel has them.
+    #[inline]
+    pub(super) fn note_latency(&mut self, since: Instant, until: Instant) {
+        let answers = self.answers.take();
+        if answers > 0 {
+            self.stats.latency(until.duration_since(since).as_nanos() as u64, answers);
+        }
+    }
+
+    /// The same at the end of a batch that has sent its answers itself.
+    pub(super) fn note_latency_now(&mut self) {
+        if self.answers.get() > 0 {
+            self.note_latency(self.clock.batch, Instant::now());
+        }
+    }
+}
+
+/// A clock that is read once per batch of events.
+#[derive(Debug)]
+pub(super) struct Clock {
+    start: Instant,
+    /// When the batch began.
+    pub(super) batch: Instant,
+    /// The same in milliseconds since the worker began.
+    pub(super) now: u64,
+    /// For the `Date` header.
+    pub(super) date: [u8; 29],
+    date_until: u64,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let start = Instant::now();
+        let mut clock = Self { start, batch: start, now: 0, date: [0; 29], date_until: 0 };
+        clock.read();
+        clock
+    }
+
+    /// A batch begins.
+    #[inline]
+    pub(super) fn read(&mut self) {
+        self.batch = Instant::now();
+        self.now = self.batch.duration_since(self.start).as_millis() as u64;
+        if self.now >= self.date_until {
+            let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            self.date = imf_fixdate(unix.as_secs());
+            self.date_until = self.now + 1000 - u64::from(unix.subsec_millis());
+        }
+    }
+}
+
+/// One timer per connection: starting one is a store, all of them are looked through a few times a second (eight bytes
+/// each, in a row: 10,000 take some microseconds). No list to keep in order, no timer in the kernel.
+#[derive(Debug)]
+pub(super) struct Timers {
+    /// Deadline in milliseconds, shifted by [`KIND_BITS`], and the kind below.
+    deadlines: Vec<u64>,
+    /// The longest idle ones, longest last, as of when the list was made.
+    idle: Vec<(u64, u32)>,
+}
+
+const KIND_BITS: u32 = 3;
+const NONE: u64 = u64::MAX;
+/// So many candidates are found in one look-through, so that it is not done for every connection beyond the cap.
+const CANDIDATES: usize = 64;
+
+impl Timers {
+    fn new(slots: usize) -> Self {
+        Self { deadlines: vec![NONE; slots], idle: Vec::new() }
+    }
+
+    #[inline]
+    fn start(&mut self, slot: usize, wait: Wait, deadline: u64) {
+        self.deadlines[slot] = deadline << KIND_BITS | wait as u64;
+    }
+
+    /// No timer for this connection.
+    #[inline]
+    pub(super) fn stop(&mut self, slot: usize) {
+        self.deadlines[slot] = NONE;
+    }
+
+    /// The first connection from `slot` on whose time is over; its timer stops.
+    pub(super) fn next_expired(&mut self, slot: usize, now: u64) -> Option<(usize, Wait)> {
+        let limit = (now + 1) << KIND_BITS;
+        let found = slot + self.deadlines.get(slot..)?.iter().position(|deadline| *deadline < limit)?;
+        let wait = kind(self.deadlines[found]);
+        self.deadlines[found] = NONE;
+        Some((found, wait))
+    }
+
+    /// Every idle connection, in no order.
+    pub(super) fn idle(&self) -> impl Iterator<Item = usize> {
+        self.deadlines.iter().enumerate().filter(|(_, deadline)| is_idle(**deadline)).map(|(slot, _)| slot)
+    }
+
+    /// Whether the connection is idle.
+    pub(super) fn is_idle(&self, slot: usize) -> bool {
+        is_idle(self.deadlines[slot])
+    }
+
+    /// The connection that has been idle for longest; its timer stops.
+    pub(super) fn take_longest_idle(&mut self) -> Option<usize> {
+        for _ in 0..2 {
+            while let Some((deadline, slot)) = self.idle.pop() {
+                // Still the same idleness?
+                if self.deadlines[slot as usize] == deadline {
+                    self.deadlines[slot as usize] = NONE;
+                    return Some(slot as usize);
+                }
+            }
+            self.idle.extend(
+                self.deadlines
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, deadline)| is_idle(**deadline))
+                    .map(|(slot, deadline)| (*deadline, slot as u32)),
+            );
+            if self.idle.len() > CANDIDATES {
+                self.idle.select_nth_unstable(CANDIDATES);
+                self.idle.truncate(CANDIDATES);
+            }
+            self.idle.sort_unstable_by(|a, b| b.cmp(a));
+        }
+        None
+    }
+}
+
+fn is_idle(deadline: u64) -> bool {
+    deadline != NONE && kind(deadline) == Wait::Idle
+}
+
+fn kind(deadline: u64) -> Wait {
+    const KINDS: [Wait; 5] = [Wait::Idle, Wait::Head, Wait::Send, Wait::Linger, Wait::Relay];
+    KINDS[(deadline & ((1 << KIND_BITS) - 1)) as usize]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timers_expire_by_their_deadline_and_kind() {
+        let mut timers = Timers::new(5);
+        timers.start(0, Wait::Idle, 100);
+        timers.start(1, Wait::Head, 50);
+        timers.start(2, Wait::Send, 101);
+        timers.start(4, Wait::Linger, 100);
+        assert_eq!(timers.next_expired(0, 49), None);
+        assert_eq!(timers.next_expired(0, 100), Some((0, Wait::Idle)));
+        assert_eq!(timers.next_expired(1, 100), Some((1, Wait::Head)));
+        assert_eq!(timers.next_expired(2, 100), Some((4, Wait::Linger)));
+        assert_eq!(timers.next_expired(5, 100), None);
+        assert_eq!(timers.next_expired(0, 100), None, "each once");
+        timers.stop(2);
+        assert_eq!(timers.next_expired(0, 1000), None);
+    }
+
+    #[test]
+    fn the_longest_idle_goes_first_and_only_while_it_is_idle() {
+        let mut timers = Timers::new(300);
+        for slot in 0..300 {
+            timers.start(slot, if slot % 3 == 0 { Wait::Head } else { Wait::Idle }, 1000 - slot as u64);
+        }
+        assert_eq!(timers.take_longest_idle(), Some(299));
+        timers.start(298, Wait::Idle, 5000);
+        timers.start(296, Wait::Head, 1);
+        let order: Vec<_> = std::iter::from_fn(|| timers.take_longest_idle()).collect();
+        assert_eq!(order.len(), 198);
+        assert_eq!(&order[..3], [295, 293, 292]);
+        assert_eq!(order.last(), Some(&298));
+    }
+
+    #[test]
+    fn the_date_is_now() {
+        let clock = Clock::new();
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+        assert!((unix - 1..=unix).any(|second| imf_fixdate(second) == clock.date));
+    }
+}
