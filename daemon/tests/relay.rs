@@ -13,11 +13,12 @@ use std::{
     fs,
     io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd as _,
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
     time::Duration,
@@ -76,6 +77,7 @@ struct Options {
     protocol: ProxyProtocol,
     transparent: bool,
     limits: RelayLimits,
+    workers: usize,
     before: Before,
 }
 
@@ -88,6 +90,7 @@ impl Options {
             protocol: ProxyProtocol::Off,
             transparent: false,
             limits: limits(),
+            workers: 1,
             before: Before::Hand,
         }
     }
@@ -101,23 +104,23 @@ impl Options {
             proxy_protocol: self.protocol,
             transparent: self.transparent,
         };
-        let (relay, mut handles) =
-            Relay::start_on(self.backend, vec![upstream], self.limits, 1, &stats).expect("the relay starts");
+        let (relay, handles) =
+            Relay::start_on(self.backend, vec![upstream], self.limits, self.workers, &stats)
+                .expect("the relay starts");
         assert_eq!(relay.backend(), self.backend);
-        let handle = handles.pop().expect("one handle");
         let listener = TcpListener::bind(self.bind).expect("bind");
         let address = listener.local_addr().expect("address");
         let ending = Arc::new(AtomicBool::new(false));
         let acceptor = {
             let (ending, before) = (ending.clone(), self.before);
-            thread::spawn(move || accept(&listener, handle, before, &ending))
+            thread::spawn(move || accept(&listener, handles, before, &ending))
         };
         Front { address, stats, relay: Some(relay), ending, acceptor: Some(acceptor) }
     }
 }
 
-fn accept(listener: &TcpListener, mut handle: Handle, before: Before, ending: &AtomicBool) {
-    for client in listener.incoming() {
+fn accept(listener: &TcpListener, mut handles: Vec<Handle>, before: Before, ending: &AtomicBool) {
+    for (client, turn) in listener.incoming().zip(0..) {
         if ending.load(Ordering::SeqCst) {
             return;
         }
@@ -139,7 +142,8 @@ fn accept(listener: &TcpListener, mut handle: Handle, before: Before, ending: &A
         }
         let mut handoff =
             Handoff { client: client.into(), listener: LISTENER, bytes, eof, reason: PassReason::NotOptions };
-        while let Err(back) = handle.push(handoff) {
+        let workers = handles.len();
+        while let Err(back) = handles[turn % workers].push(handoff) {
             handoff = back;
             thread::yield_now();
         }
@@ -273,7 +277,7 @@ fn runs_on_tokio_uring_where_the_kernel_allows_it() {
     assert_eq!(rings(), 0, "rings before");
     let (address, served) = upstream("127.0.0.1:0", 1, |s| drop(read_all(&s)));
     let mut options = Options::new(backend, address);
-    options.limits.threads = 3;
+    (options.limits.threads, options.workers) = (3, 4);
     let front = options.start();
     assert_eq!(rings(), 3, "rings");
     drop(front.connect());
@@ -506,13 +510,12 @@ fn an_answer_before_a_reset_is_delivered() {
         let front = Options::new(backend, address).start();
         let client = front.connect();
         let (mut writer, upload) = (client.try_clone().expect("clone"), noise(7, 20_000_000));
-        // Fails as soon as the reset is passed on.
-        let uploading = thread::spawn(move || drop(writer.write_all(&upload)));
+        // Fails as soon as the reset is passed on; Linux then tells the reader of the end alone.
+        let uploading = thread::spawn(move || writer.write_all(&upload));
         let mut start = [0; 12];
         (&client).read_exact(&mut start).expect("the answer");
         assert_eq!(&start, b"HTTP/1.1 413", "{backend}");
-        read_to_error(&client).1.expect_err("then the reset");
-        uploading.join().expect("upload");
+        uploading.join().expect("upload").expect_err("then the reset");
         served.join().expect("upstream");
         assert_eq!(front.finish().aborted.load(Ordering::Relaxed), 1, "{backend}");
     }
@@ -658,9 +661,10 @@ fn an_idle_connection_ends_in_order() {
 fn a_cut_in_the_middle_of_bytes_is_a_reset() {
     let _alone = alone();
     for backend in backends() {
-        let (address, served) = upstream("127.0.0.1:0", 1, |mut stream| {
-            // More than fits anywhere: the relay has to hold some of it.
-            stream.write_all(&noise(9, 100 << 20)).expect_err("cut");
+        // More than fits anywhere: the relay has to hold some of it.
+        let much = vec![b'x'; 100 << 20];
+        let (address, served) = upstream("127.0.0.1:0", 1, move |mut stream| {
+            stream.write_all(&much).expect_err("cut");
         });
         let mut options = Options::new(backend, address);
         options.limits.idle_timeout = Duration::from_millis(500);
@@ -670,7 +674,8 @@ fn a_cut_in_the_middle_of_bytes_is_a_reset() {
             thread::sleep(Duration::from_millis(10));
         }
         let (_, end) = read_to_error(&client);
-        assert_eq!(end.expect_err("not an orderly end").kind(), ErrorKind::ConnectionReset, "{backend}");
+        let Err(end) = end else { panic!("{backend}: an orderly end") };
+        assert_eq!(end.kind(), ErrorKind::ConnectionReset, "{backend}");
         served.join().expect("upstream");
         front.finish();
     }
@@ -688,7 +693,7 @@ fn shutdown_lets_connections_end_by_themselves() {
         });
         let mut front = Options::new(backend, address).start();
         let mut client = front.connect();
-        let mut ping = |client: &mut TcpStream| {
+        let ping = |client: &mut TcpStream| {
             let mut byte = [0];
             client.write_all(b"x").expect("write");
             client.read_exact(&mut byte).expect("read");
@@ -795,5 +800,357 @@ fn nothing_leaks_over_thousands_of_connections() {
         while !served.is_finished() {
             drop(TcpStream::connect(address));
         }
+    }
+}
+
+/// A real proxy as a child process, with its files in a directory of its own; gone when dropped.
+struct Proxy {
+    child: Child,
+    directory: PathBuf,
+}
+
+impl Proxy {
+    /// `within`: a namespace.
+    fn start(program: &str, config: &str, ready: SocketAddr, within: Option<&Namespace>) -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let directory =
+            std::env::temp_dir().join(format!("preflightd-relay-{}-{number}", std::process::id()));
+        fs::create_dir_all(&directory).expect("a directory");
+        let file = directory.join("config");
+        fs::write(&file, config.replace("DIRECTORY", directory.to_str().expect("UTF-8"))).expect("write");
+        let mut command = match within {
+            None => Command::new(program),
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", &namespace.0, program]);
+                command
+            }
+        };
+        if program == "haproxy" {
+            command.arg("-db").arg("-f")
+        } else {
+            command.arg("-c")
+        };
+        let child = command
+            .arg(&file)
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(directory.join("stderr")).expect("a file"))
+            .spawn()
+            .unwrap_or_else(|e| panic!("{program} (install it: apt-get install {program}): {e}"));
+        let mut proxy = Self { child, directory };
+        while TcpStream::connect(ready).is_err() {
+            if let Some(status) = proxy.child.try_wait().expect("wait") {
+                let why = fs::read_to_string(proxy.directory.join("stderr")).unwrap_or_default();
+                panic!("{program} ended with {status}: {why}");
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        proxy
+    }
+
+    /// `servers`: what stands between the braces of `http`.
+    fn nginx(servers: &str, ready: SocketAddr, within: Option<&Namespace>) -> Self {
+        let config = format!(
+            "daemon off; master_process off; pid DIRECTORY/pid; error_log DIRECTORY/error.log;
+             events {{}}
+             http {{ access_log off; client_body_temp_path DIRECTORY/body; proxy_temp_path DIRECTORY/proxy;
+                     fastcgi_temp_path DIRECTORY/fastcgi; uwsgi_temp_path DIRECTORY/uwsgi;
+                     scgi_temp_path DIRECTORY/scgi;
+                     {servers} }}"
+        );
+        Self::start("nginx", &config, ready, within)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+        drop(fs::remove_dir_all(&self.directory));
+    }
+}
+
+/// Status and body of a request; from a given address, if any.
+fn get(server: SocketAddr, from: Option<Ipv4Addr>) -> (u16, String) {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(server), socket2::Type::STREAM, None);
+    let socket = socket.expect("socket");
+    if let Some(from) = from {
+        socket.bind(&SocketAddr::from((from, 0)).into()).expect("bind");
+    }
+    socket.connect(&server.into()).expect("connect");
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    stream.write_all(REQUEST).expect("write");
+    let answer = read_all(&stream).expect("read");
+    let answer = String::from_utf8_lossy(&answer);
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a whole head");
+    (head.split(' ').nth(1).and_then(|s| s.parse().ok()).expect("a status"), body.to_owned())
+}
+
+#[test]
+fn the_upstream_is_asked_what_it_understands() {
+    let _alone = alone();
+    let [plain, expecting, through, both, backend] = std::array::from_fn(|_| nowhere());
+    let _nginx = Proxy::nginx(
+        &format!(
+            "server {{ listen {plain}; return 204; }}
+             server {{ listen {expecting} proxy_protocol; return 204; }}
+             server {{ listen {backend}; return 204; }}"
+        ),
+        plain,
+        None,
+    );
+    let _haproxy = Proxy::start(
+        "haproxy",
+        &format!(
+            "defaults\n mode http\n timeout connect 5s\n timeout client 5s\n timeout server 5s\n
+             frontend through\n bind {through}\n default_backend nginx\n
+             frontend both\n bind {both} accept-proxy\n default_backend nginx\n
+             backend nginx\n server nginx {backend}\n"
+        ),
+        through,
+        None,
+    );
+    let timeout = Duration::from_secs(5);
+    for (name, address, expected) in [
+        ("nginx", plain, ProxyProtocol::Off),
+        ("nginx, listen … proxy_protocol", expecting, ProxyProtocol::V2),
+        ("haproxy", through, ProxyProtocol::Off),
+        ("haproxy, accept-proxy", both, ProxyProtocol::V2),
+    ] {
+        assert_eq!(detect(address, timeout).expect(name), expected, "{name}");
+    }
+    let down = detect(nowhere(), timeout).expect_err("down");
+    assert_eq!(down.kind(), ErrorKind::ConnectionRefused);
+    let (silent, served) = upstream("127.0.0.1:0", 2, drop);
+    let neither = detect(silent, timeout).expect_err("not HTTP");
+    assert!(neither.to_string().contains("set proxy_protocol"), "{neither}");
+    served.join().expect("upstream");
+}
+
+#[test]
+fn an_upstream_that_comes_up_late_is_asked_then() {
+    let _alone = alone();
+    for backend in backends() {
+        let address = nowhere();
+        let front = Options {
+            protocol: ProxyProtocol::Auto,
+            before: Before::ReadHead,
+            ..Options::new(backend, address)
+        }
+        .start();
+        assert_eq!(get(front.address, None).0, 502, "{backend}: nobody to ask");
+        let nginx = Proxy::nginx(
+            &format!(
+                "server {{ listen {address} proxy_protocol; return 200 $proxy_protocol_addr:$proxy_protocol_port; }}"
+            ),
+            address,
+            None,
+        );
+        let mut client = front.connect();
+        client.write_all(REQUEST).expect("write");
+        let local = client.local_addr().expect("address");
+        let answer = String::from_utf8(read_all(&client).expect("read")).expect("text");
+        assert!(answer.ends_with(&format!("\r\n\r\n{local}")), "{backend}: {answer}");
+        drop((client, nginx));
+        front.finish();
+    }
+}
+
+#[test]
+fn nginx_decides_by_the_clients_address() {
+    let _alone = alone();
+    for protocol in [ProxyProtocol::Auto, ProxyProtocol::V1, ProxyProtocol::V2] {
+        let [direct, behind] = std::array::from_fn(|_| nowhere());
+        let rules = "location / { empty_gif; allow 127.0.0.2; deny all; } }";
+        let _nginx = Proxy::nginx(
+            &format!(
+                "server {{ listen {direct}; {rules}
+                 server {{ listen {behind} proxy_protocol; set_real_ip_from 127.0.0.1;
+                           real_ip_header proxy_protocol; {rules}"
+            ),
+            direct,
+            None,
+        );
+        let front =
+            Options { protocol, before: Before::ReadHead, ..Options::new(backends()[0], behind) }.start();
+        for (client, expected) in [([127, 0, 0, 2], 200), ([127, 0, 0, 3], 403), ([127, 0, 0, 1], 403)] {
+            let client = Some(client.into());
+            assert_eq!(get(direct, client).0, expected, "{client:?} directly");
+            assert_eq!(get(front.address, client).0, expected, "{client:?} by {protocol:?}");
+        }
+        front.finish();
+    }
+}
+
+/// A network namespace of this test alone; gone when dropped.
+struct Namespace(String);
+
+impl Namespace {
+    fn new(kind: &str) -> Self {
+        let this = Self(format!("pfd-relay-{kind}-{}", std::process::id()));
+        ip(&["netns", "add", &this.0]);
+        this.ip(&["link", "set", "lo", "up"]);
+        this
+    }
+
+    fn ip(&self, arguments: &[&str]) {
+        ip(&[&["-n", &self.0], arguments].concat());
+    }
+
+    /// Runs `work` on a thread inside; threads and sockets that it makes are inside, too.
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                let namespace = fs::File::open(format!("/run/netns/{}", self.0)).expect("a namespace");
+                let kind = rustix::thread::LinkNameSpaceType::Network;
+                rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(kind)).expect("enter");
+                work()
+            });
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        drop(Command::new("ip").args(["netns", "del", &self.0]).status());
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let done =
+        Command::new("ip").args(arguments).output().expect("ip (install it: apt-get install iproute2)");
+    assert!(done.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// Tests in namespaces need root: left out elsewhere, but not in CI.
+fn may_make_namespaces() -> bool {
+    if rustix::process::geteuid().is_root() {
+        return true;
+    }
+    assert!(
+        std::env::var_os("CI").is_none(),
+        "this test needs root to make network namespaces: run CI as root"
+    );
+    println!("left out: it needs root to make network namespaces");
+    false
+}
+
+/// A client's host and a node, joined by a veth; on the node an nginx that decides by address.
+#[test]
+fn transparent_keeps_address_and_port() {
+    let _alone = alone();
+    if !may_make_namespaces() {
+        return;
+    }
+    let (client, node) = (Namespace::new("client"), Namespace::new("node"));
+    client.ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", &node.0]);
+    for (namespace, last) in [(&client, 1), (&node, 2)] {
+        namespace.ip(&["addr", "add", &format!("10.77.0.{last}/24"), "dev", "eth0"]);
+        namespace.ip(&["addr", "add", &format!("fd77::{last}/64"), "dev", "eth0", "nodad"]);
+        namespace.ip(&["link", "set", "eth0", "up"]);
+    }
+    client.ip(&["addr", "add", "10.77.0.3/24", "dev", "eth0"]);
+    for (name, bind, upstream_bind, server) in [
+        ("v4", "10.77.0.2:8000", "127.0.0.1:8080", IpAddr::from([10, 77, 0, 2])),
+        ("v4 on a dual-stack socket", "[::]:8000", "127.0.0.1:8080", IpAddr::from([10, 77, 0, 2])),
+        ("v6", "[fd77::2]:8000", "[::1]:8080", "fd77::2".parse().expect("an address")),
+    ] {
+        let start = |limits| {
+            node.run(|| {
+                Options {
+                    bind,
+                    transparent: true,
+                    before: Before::ReadHead,
+                    limits,
+                    ..Options::new(backends()[0], upstream_bind.parse().expect("an address"))
+                }
+                .start()
+            })
+        };
+        let (seen, see) = std::sync::mpsc::channel();
+        let (_, served) = node.run(|| {
+            upstream(upstream_bind, 1, move |mut stream| {
+                seen.send(stream.peer_addr().expect("address")).expect("send");
+                drop(read_all(&stream));
+                stream.write_all(b"answer").expect("write");
+            })
+        });
+
+        // Without the routing the answers are lost: an error, not the node's own address.
+        let front = start(RelayLimits { connect_timeout: Duration::from_millis(300), ..limits() });
+        let port = front.address.port();
+        let (status, body) = client.run(|| get(SocketAddr::new(server, port), None));
+        assert_eq!(status, 502, "{name}: {body}");
+        node.run(|| front.finish());
+
+        let family = if server.is_ipv4() { "-4" } else { "-6" };
+        let (local, all) = if server.is_ipv4() { ("127.0.0.1", "0.0.0.0/0") } else { ("::1", "::/0") };
+        let rule = ["from", local, "ipproto", "tcp", "sport", "8080", "lookup", "123"];
+        let route = ["local", all, "dev", "lo", "table", "123"];
+        node.ip(&[&[family, "rule", "add"], &rule[..]].concat());
+        node.ip(&[&[family, "route", "add"], &route[..]].concat());
+        let front = start(limits());
+        let expected = client.run(|| {
+            let mut stream = TcpStream::connect(SocketAddr::new(server, port)).expect("connect");
+            stream.write_all(REQUEST).expect("write");
+            stream.shutdown(Shutdown::Write).expect("shutdown");
+            assert_eq!(read_all(&stream).expect("read"), b"answer", "{name}");
+            stream.local_addr().expect("address")
+        });
+        assert_eq!(see.recv_timeout(PATIENCE).expect("a connection"), expected, "{name}");
+        served.join().expect("upstream");
+
+        if name == "v4" {
+            // The same verdict directly and by the relay.
+            let nginx = node.run(|| {
+                let rules = "location / { empty_gif; allow 10.77.0.1; deny all; } }";
+                let servers = format!("server {{ listen 10.77.0.2:8081; listen {upstream_bind}; {rules}");
+                Proxy::nginx(&servers, upstream_bind.parse().expect("an address"), Some(&node))
+            });
+            for (from, expected) in [([10, 77, 0, 1], 200), ([10, 77, 0, 3], 403)] {
+                for port in [8081, port] {
+                    let (status, _) = client.run(|| get(SocketAddr::new(server, port), Some(from.into())));
+                    assert_eq!(status, expected, "{from:?} at port {port}");
+                }
+            }
+            drop(nginx);
+        }
+        node.run(|| front.finish());
+        node.ip(&[&[family, "rule", "del"], &rule[..]].concat());
+        node.ip(&[&[family, "route", "del"], &route[..]].concat());
+    }
+}
+
+#[test]
+fn transparent_without_the_capability_says_what_to_do() {
+    let _alone = alone();
+    let refused = thread::spawn(|| {
+        // Only this thread loses it.
+        let none = rustix::thread::CapabilitySets {
+            effective: rustix::thread::CapabilitySet::empty(),
+            permitted: rustix::thread::CapabilitySet::empty(),
+            inheritable: rustix::thread::CapabilitySet::empty(),
+        };
+        rustix::thread::set_capabilities(None, none).expect("drop capabilities");
+        let upstream = Upstream {
+            listener: LISTENER,
+            name: "web".into(),
+            address: "127.0.0.1:8080".parse().expect("an address"),
+            proxy_protocol: ProxyProtocol::Off,
+            transparent: true,
+        };
+        Relay::start(vec![upstream], limits(), 1, Arc::default()).map(drop).expect_err("refused").to_string()
+    });
+    let message = refused.join().expect("thread");
+    for part in [
+        "\"web\"",
+        "CAP_NET_ADMIN",
+        "ip rule add from 127.0.0.1 ipproto tcp sport 8080 lookup 123",
+        "ip route add local 0.0.0.0/0 dev lo table 123",
+    ] {
+        assert!(message.contains(part), "{part:?} is missing: {message}");
     }
 }

@@ -157,7 +157,8 @@ impl Relay {
             .into_iter()
             .map(|config| (config.listener.0, Arc::new(upstream::Upstream::new(config))))
             .collect();
-        let count = limits.threads.max(1);
+        // A thread without a worker would have nothing to do.
+        let count = limits.threads.clamp(1, workers.max(1));
         tracing::info!(%backend, threads = count, "relay starts");
 
         let (end, ended) = watch::channel(None);
@@ -193,7 +194,8 @@ impl Relay {
             );
         }
         drop(report);
-        for started in reports {
+        // The threads keep their senders: one report from each.
+        for started in reports.iter().take(count) {
             started?;
         }
         Ok((relay, handles))
