@@ -212,6 +212,11 @@ impl Relay {
         self.end.send_replace(Some(Instant::now() + grace));
     }
 
+    /// Whether a thread has ended: before a shutdown that is a defect.
+    pub fn has_ended(&self) -> bool {
+        self.threads.iter().any(JoinHandle::is_finished)
+    }
+
     /// Waits for the threads: they end when all handles are dropped and the last connection has ended.
     ///
     /// # Errors
