@@ -6,10 +6,15 @@ use crate::{
     explain::{self, Context, Report},
     policy::{ListenerId, RouteLabels},
 };
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Request, body::Bytes};
+use hyper_util::rt::TokioIo;
 use std::{
     io::{IsTerminal as _, Read as _},
     path::Path,
+    time::Duration,
 };
+use tokio::net::UnixStream;
 
 /// No request read from standard input may be longer.
 const MAX_RAW: u64 = 1 << 20;
@@ -49,12 +54,11 @@ fn explain_files(
         }
         return Err(Failure::Failed("the files have errors: nothing can be explained by them".to_owned()));
     };
-    let names: Vec<&str> = config.listeners.iter().map(|l| &*l.name).collect();
-    let index = pick_listener(&names, listener).map_err(Failure::Usage)?;
+    let index = explain::pick_listener(&config.listeners, listener).map_err(Failure::Usage)?;
     let context = Context {
         table: &table,
         listener: ListenerId(index as u16),
-        listener_name: names[index],
+        listener_name: &config.listeners[index].name,
         labels: labels.all(),
         sources: &explain::sources(&config.policies),
         limits: config.connection_limits().head,
@@ -62,20 +66,41 @@ fn explain_files(
     Ok(explain::explain(&context, bytes))
 }
 
-fn ask_daemon(_socket: &Path, _listener: Option<&str>, _bytes: &[u8]) -> Result<Report, Failure> {
-    Err(Failure::Failed("todo".into()))
-}
-
-/// The listener's number: the first if none is named.
-pub(crate) fn pick_listener(names: &[&str], wanted: Option<&str>) -> Result<usize, String> {
-    match wanted {
-        None if names.is_empty() => Err("there is no listener".to_owned()),
-        None => Ok(0),
-        Some(wanted) => names
-            .iter()
-            .position(|name| *name == wanted)
-            .ok_or_else(|| format!("no listener is named `{wanted}`; there are: {}", names.join(", "))),
+/// Asks the running daemon: `POST /explain` on its Unix socket.
+fn ask_daemon(socket: &Path, listener: Option<&str>, bytes: &[u8]) -> Result<Report, Failure> {
+    let cannot = |e: &dyn std::fmt::Display| {
+        Failure::Usage(format!(
+            "cannot ask the daemon at {}: {e}; is it running, with admin.socket set to this path, under your user?",
+            socket.display()
+        ))
+    };
+    let query = listener.map(|name| format!("?listener={name}")).unwrap_or_default();
+    let request = Request::post(format!("/explain{query}"))
+        .header("host", "preflightd")
+        .body(Full::new(Bytes::copy_from_slice(bytes)))
+        .map_err(|_| Failure::Usage(format!("`{}` is no listener name", listener.unwrap_or_default())))?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| cannot(&e))?;
+    let (status, body) = runtime
+        .block_on(async {
+            let exchange = async {
+                let stream = UnixStream::connect(socket).await?;
+                let (mut sender, connection) =
+                    hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+                tokio::spawn(connection);
+                let response = sender.send_request(request).await?;
+                let status = response.status();
+                let body = response.into_body().collect().await?.to_bytes();
+                Ok::<_, Box<dyn std::error::Error>>((status, body))
+            };
+            let late = |_| Err("it does not answer".into());
+            tokio::time::timeout(Duration::from_secs(15), exchange).await.unwrap_or_else(late)
+        })
+        .map_err(|e| cannot(&e))?;
+    if !status.is_success() {
+        return Err(Failure::Usage(String::from_utf8_lossy(&body).trim().to_owned()));
     }
+    serde_json::from_slice(&body).map_err(|e| cannot(&e))
 }
 
 /// The bytes of the request as they would come over the network.

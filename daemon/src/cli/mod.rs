@@ -187,6 +187,7 @@ enum Format {
     Json,
 }
 
+/// How the upstream learns the client's address.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum ProxyProtocol {
     /// v2 if the upstream understands it, else off.
@@ -199,6 +200,7 @@ enum ProxyProtocol {
     V2,
 }
 
+/// What drives the workers' sockets.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Engine {
     /// io_uring where the kernel allows it, else epoll.

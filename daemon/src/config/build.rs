@@ -264,7 +264,7 @@ impl Build {
     fn finish(mut self, config: Option<Config>) -> Loaded {
         let listeners = config.as_ref().map_or(&[][..], |c| &c.listeners);
         let (policies, places) = self.policy_specs(listeners);
-        if let Some(config) = &config
+        if config.is_some()
             && self.policies.is_empty()
             && self.problems.iter().flatten().all(|p| p.severity == Severity::Warning)
             && let Some(problems) = self.problems.first_mut()
@@ -405,6 +405,7 @@ impl ReadPolicy {
             hosts,
             paths,
             enabled: raw.enabled.unwrap_or(true),
+            stale: false,
             on_denied: raw.on_denied,
             rules: rules?,
         })

@@ -104,7 +104,7 @@ pub struct Limits {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Relay {
-    /// Threads; 0: as many as workers.
+    /// Threads; 0: as many as workers, which is also the most that are of use.
     pub threads: usize,
     /// Connections relayed at once; beyond, a client gets a 503.
     pub max_connections: usize,
@@ -293,6 +293,7 @@ impl Config {
         let upstream = |(i, l): (usize, &Listener)| {
             Some(Upstream {
                 listener: ListenerId(i as u16),
+                name: l.name.clone(),
                 address: l.upstream?,
                 proxy_protocol: l.proxy_protocol,
                 transparent: l.transparent,
@@ -325,7 +326,7 @@ impl Config {
         RelayLimits {
             threads: match self.relay.threads {
                 0 => self.worker_count(),
-                n => n,
+                n => n.min(self.worker_count()),
             },
             max_connections: self.relay.max_connections,
             connect_timeout: self.relay.connect_timeout,

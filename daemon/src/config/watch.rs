@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use tokio::sync::Notify;
+use tokio::{sync::Notify, task::AbortHandle, time::timeout};
 
 /// How long files must be quiet before they are read.
 const QUIET: Duration = Duration::from_millis(200);
@@ -20,7 +20,9 @@ const MAX_LINKS: usize = 40;
 #[derive(Debug)]
 pub struct Watch {
     watcher: RecommendedWatcher,
-    changed: Arc<Notify>,
+    /// Told after each change, when the files have been quiet for a moment.
+    settled: Arc<Notify>,
+    settling: AbortHandle,
     wanted: Arc<Mutex<Wanted>>,
     directories: BTreeSet<PathBuf>,
 }
@@ -35,7 +37,7 @@ struct Wanted {
 }
 
 impl Watch {
-    /// Begins with nothing watched.
+    /// Begins with nothing watched. Belongs to the tokio runtime that it is called in.
     ///
     /// # Errors
     /// The kernel gives no inotify instance (`fs.inotify.max_user_instances`).
@@ -53,7 +55,17 @@ impl Watch {
                 }
             }
         })?;
-        Ok(Self { watcher, changed, wanted, directories: BTreeSet::new() })
+        let settled = Arc::new(Notify::new());
+        let told = settled.clone();
+        let settling = tokio::spawn(async move {
+            loop {
+                changed.notified().await;
+                while timeout(QUIET, changed.notified()).await.is_ok() {}
+                told.notify_one();
+            }
+        });
+        let settling = settling.abort_handle();
+        Ok(Self { watcher, settled, settling, wanted, directories: BTreeSet::new() })
     }
 
     /// Watches these files and directories from now on, and no others.
@@ -89,10 +101,16 @@ impl Watch {
         result
     }
 
-    /// Waits for a change, and then until the files have been quiet for a moment.
+    /// Waits for a change, and then until the files have been quiet for a moment. May be dropped and called again:
+    /// no change is lost.
     pub async fn changed(&self) {
-        self.changed.notified().await;
-        while tokio::time::timeout(QUIET, self.changed.notified()).await.is_ok() {}
+        self.settled.notified().await;
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.settling.abort();
     }
 }
 
@@ -210,7 +228,7 @@ mod tests {
         ];
         for (name, change) in changes {
             change();
-            let seen = tokio::time::timeout(Duration::from_secs(20), watch.changed()).await;
+            let seen = timeout(Duration::from_secs(20), watch.changed()).await;
             assert!(seen.is_ok(), "{name}: not seen");
             watch.set(&paths).expect("watches");
         }

@@ -4,7 +4,7 @@
 mod browser;
 
 use crate::{
-    config::escape,
+    config::{Listener, escape},
     http::{Head, HeadLimits, HeadReader, PreflightHead, date},
     policy::{
         Decision, DenyReason, ListenerId, Outcome, PolicySpec, Preflight, RouteId, SourceRef, Table, Trace,
@@ -44,6 +44,20 @@ pub type Sources = AHashMap<Box<str>, SourceRef>;
 /// The sources of these policies.
 pub fn sources(policies: &[PolicySpec]) -> Sources {
     policies.iter().map(|p| (p.name.as_str().into(), p.source.clone())).collect()
+}
+
+/// The number of the listener with this name; the first one if none is wanted.
+///
+/// # Errors
+/// There is none: says which there are.
+pub fn pick_listener(listeners: &[Listener], wanted: Option<&str>) -> Result<usize, String> {
+    let Some(wanted) = wanted else {
+        return if listeners.is_empty() { Err("there is no listener".to_owned()) } else { Ok(0) };
+    };
+    listeners.iter().position(|listener| listener.name == wanted).ok_or_else(|| {
+        let names: Vec<_> = listeners.iter().map(|listener| &*listener.name).collect();
+        format!("no listener is named `{wanted}`; there are: {}", names.join(", "))
+    })
 }
 
 /// What became of the request and why. Everything in it is safe to print.

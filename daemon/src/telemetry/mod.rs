@@ -1,7 +1,16 @@
 //! Every metric, label and bucket; health.
 //!
 //! Workers count into cells of their own (single writer, plain loads and stores, no shared cache line); a scrape adds
-//! them up.
+//! them up ([`metrics`]). Two surfaces ([`admin`]): metrics and health on an address of the node, `explain` and the
+//! status on a Unix socket.
+#![forbid(unsafe_code)]
+
+pub mod admin;
+mod metrics;
+mod status;
+
+pub use metrics::Metrics;
+pub use status::{ReloadResult, Running, Status};
 
 use crate::{
     policy::{DenyReason, Outcome, RouteId},
@@ -109,9 +118,36 @@ impl WorkerStats {
         self.latency_ns.add(nanoseconds.saturating_mul(answers));
     }
 
+    /// Every counter of a route that is not zero: the route's number, outcome and reason as labels, the count.
+    pub fn requests(&self) -> impl Iterator<Item = (RouteId, &'static str, &'static str, u64)> {
+        self.routes.iter().enumerate().flat_map(|(route, row)| {
+            row.iter().enumerate().filter_map(move |(column, cell)| {
+                let (outcome, reason) = labels_of(column);
+                let count = cell.get();
+                (count > 0).then_some((RouteId(route as u32), outcome, reason, count))
+            })
+        })
+    }
+
+    /// The latency histogram: answers per bucket (the last is what lies above all bounds), and the sum in nanoseconds.
+    pub fn latencies(&self) -> ([u64; LATENCY_BUCKETS_US.len() + 1], u64) {
+        (std::array::from_fn(|i| self.latency[i].get()), self.latency_ns.get())
+    }
+
     #[inline]
     fn row(&self, route: RouteId) -> &[Cell; OUTCOMES] {
         self.routes.get(route.0 as usize).unwrap_or(&self.routes[0])
+    }
+}
+
+/// Outcome and reason of a column.
+fn labels_of(column: usize) -> (&'static str, &'static str) {
+    match column {
+        0 => ("allowed", ""),
+        1 => ("denied", "origin"),
+        2 => ("denied", "method"),
+        3 => ("denied", "headers"),
+        column => ("passed", PassReason::ALL[column - 1 - DENIALS].as_str()),
     }
 }
 

@@ -1,0 +1,235 @@
+//! What `/metrics` shows (Prometheus text format 0.0.4).
+//!
+//! Nothing is counted here: a scrape adds up the workers' cells and sets the registry to the sums.
+
+use super::{LATENCY_BUCKETS_US, ReloadResult, Status};
+use metrics::{counter, describe_counter, describe_gauge, gauge};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use std::{
+    collections::HashMap,
+    fmt::Write as _,
+    sync::{Mutex, PoisonError, atomic::Ordering},
+};
+
+/// The registry; a process may have several.
+pub struct Metrics {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+    /// Scrapes one after the other: a later one must not show less than an earlier one.
+    scrape: Mutex<()>,
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// An empty registry.
+    pub fn new() -> Self {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        metrics::with_local_recorder(&recorder, describe);
+        Self { recorder, handle, scrape: Mutex::new(()) }
+    }
+
+    /// The exposition.
+    pub fn render(&self, status: &Status) -> String {
+        let _one = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        metrics::with_local_recorder(&self.recorder, || {
+            requests(status);
+            connections(status);
+            relay(status);
+            process(status);
+        });
+        let mut text = self.handle.render();
+        latency(status, &mut text);
+        text
+    }
+}
+
+fn describe() {
+    describe_counter!(
+        "preflightd_requests_total",
+        "Requests that reached the policies, by route and what became of them. Routes beyond admin.max_routes share \
+         the series with empty host, route and policy, as do requests without a route."
+    );
+    describe_counter!("preflightd_connections_accepted_total", "Connections accepted by workers.");
+    describe_gauge!("preflightd_connections_open", "Connections that workers own now.");
+    describe_counter!(
+        "preflightd_connections_closed_total",
+        "Connections that ended with a worker, by cause. `done`: ended by the client or after an answer."
+    );
+    describe_counter!(
+        "preflightd_connections_handed_over_total",
+        "Connections that workers handed to the relay."
+    );
+    describe_counter!(
+        "preflightd_connections_capped_total",
+        "Times that a worker closed an idle connection or paused accepting at limits.max_connections."
+    );
+    describe_counter!(
+        "preflightd_accept_errors_total",
+        "Errors of accept, such as too few file descriptors."
+    );
+    describe_counter!(
+        "preflightd_error_responses_total",
+        "Responses with a status of 400 or above of our own making."
+    );
+    describe_counter!("preflightd_relay_connections_total", "Connections that the relay took over.");
+    describe_gauge!("preflightd_relay_connections_open", "Connections that the relay owns now.");
+    describe_counter!(
+        "preflightd_relay_bytes_total",
+        "Bytes relayed. `up`: from client to upstream; `down`: back."
+    );
+    describe_counter!(
+        "preflightd_relay_failures_total",
+        "Relayed connections that ended badly, by cause. `upstream`: refused, unreachable or too slow to connect, a \
+         502 each; `overloaded`: more than relay.max_connections, a 503 each; `aborted`: a reset or an I/O error \
+         later; `idle`: relay.idle_timeout."
+    );
+    describe_gauge!("preflightd_table_generation", "Generation of the newest policy table.");
+    describe_gauge!(
+        "preflightd_worker_table_generation",
+        "Generation of the policy table that each worker answers by."
+    );
+    describe_counter!("preflightd_reloads_total", "Reloads of the policies, by result.");
+    describe_gauge!(
+        "preflightd_policies_current",
+        "1: the policies that run are those of the files. 0: the last reload was refused."
+    );
+    describe_gauge!("preflightd_ready", "1: every worker answers, and it does not shut down.");
+    describe_gauge!("preflightd_start_time_seconds", "When it was started, in seconds since 1970.");
+    describe_gauge!("preflightd_build_info", "Its version.");
+    describe_gauge!("preflightd_engine_info", "What drives the workers' sockets and the relay.");
+}
+
+fn requests(status: &Status) {
+    let mut sums: HashMap<_, u64> = HashMap::new();
+    for worker in &status.workers {
+        for (route, outcome, reason, count) in worker.requests() {
+            *sums.entry((route, outcome, reason)).or_default() += count;
+        }
+    }
+    let labels = status.running().labels.clone();
+    for ((route, outcome, reason), count) in sums {
+        // Numbers are never reused, so a route without a label is one of a table that is not public yet.
+        let Some(label) = labels.get(route.0 as usize) else { continue };
+        counter!(
+            "preflightd_requests_total",
+            "host" => label.host.to_string(),
+            "route" => label.route.to_string(),
+            "policy" => label.policy.to_string(),
+            "outcome" => outcome,
+            "reason" => reason,
+        )
+        .absolute(count);
+    }
+}
+
+fn connections(status: &Status) {
+    let sum = |cell: fn(&super::WorkerStats) -> &super::Cell| -> u64 {
+        status.workers.iter().map(|worker| cell(worker).get()).sum()
+    };
+    // Read in this order: what is accepted in the meantime only makes the number of open ones too small by it.
+    let accepted = sum(|w| &w.accepted);
+    let closed = sum(|w| &w.closed);
+    let handed_over = sum(|w| &w.handed_over);
+    counter!("preflightd_connections_accepted_total").absolute(accepted);
+    gauge!("preflightd_connections_open").set(accepted.saturating_sub(closed + handed_over) as f64);
+    let header_timeouts = sum(|w| &w.header_timeouts);
+    let idle_timeouts = sum(|w| &w.idle_timeouts);
+    let send_timeouts = sum(|w| &w.send_timeouts);
+    let done = closed.saturating_sub(header_timeouts + idle_timeouts + send_timeouts);
+    for (cause, count) in [
+        ("header_timeout", header_timeouts),
+        ("idle_timeout", idle_timeouts),
+        ("send_timeout", send_timeouts),
+        ("done", done),
+    ] {
+        counter!("preflightd_connections_closed_total", "cause" => cause).absolute(count);
+    }
+    counter!("preflightd_connections_handed_over_total").absolute(handed_over);
+    counter!("preflightd_connections_capped_total").absolute(sum(|w| &w.capped));
+    counter!("preflightd_accept_errors_total").absolute(sum(|w| &w.accept_errors));
+    counter!("preflightd_error_responses_total").absolute(sum(|w| &w.error_responses));
+}
+
+fn relay(status: &Status) {
+    let relay = &status.relay;
+    let get = |cell: &std::sync::atomic::AtomicU64| cell.load(Ordering::Relaxed);
+    counter!("preflightd_relay_connections_total").absolute(get(&relay.connections));
+    gauge!("preflightd_relay_connections_open").set(get(&relay.open) as f64);
+    counter!("preflightd_relay_bytes_total", "direction" => "up").absolute(get(&relay.bytes_up));
+    counter!("preflightd_relay_bytes_total", "direction" => "down").absolute(get(&relay.bytes_down));
+    for (cause, count) in [
+        ("upstream", &relay.upstream_errors),
+        ("overloaded", &relay.overloaded),
+        ("aborted", &relay.aborted),
+        ("idle", &relay.idle_timeouts),
+    ] {
+        counter!("preflightd_relay_failures_total", "cause" => cause).absolute(get(count));
+    }
+}
+
+fn process(status: &Status) {
+    let flag = |on: bool| f64::from(u8::from(on));
+    {
+        let running = status.running();
+        gauge!("preflightd_table_generation").set(running.table.generation() as f64);
+        for (worker, generation) in running.generations.iter().enumerate() {
+            gauge!("preflightd_worker_table_generation", "worker" => worker.to_string())
+                .set(*generation as f64);
+        }
+        for result in ReloadResult::ALL {
+            counter!("preflightd_reloads_total", "result" => result.as_str())
+                .absolute(running.reloads[result as usize]);
+        }
+        gauge!("preflightd_policies_current").set(flag(running.current));
+    }
+    gauge!("preflightd_ready").set(flag(status.is_ready()));
+    let started = status.started.0.duration_since(std::time::UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+    gauge!("preflightd_start_time_seconds").set(started);
+    gauge!("preflightd_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    gauge!(
+        "preflightd_engine_info",
+        "workers" => status.engine.clone(),
+        "relay" => status.relay_backend.clone()
+    )
+    .set(1.0);
+}
+
+/// The exporter takes single values only, and ours are in buckets already: the histogram is written by hand.
+fn latency(status: &Status, text: &mut String) {
+    const NAME: &str = "preflightd_answer_duration_seconds";
+    let mut buckets = [0_u64; LATENCY_BUCKETS_US.len() + 1];
+    let mut nanoseconds = 0_u64;
+    for worker in &status.workers {
+        let (counts, sum) = worker.latencies();
+        for (bucket, count) in buckets.iter_mut().zip(counts) {
+            *bucket += count;
+        }
+        nanoseconds = nanoseconds.wrapping_add(sum);
+    }
+    // Writing to a string cannot fail.
+    let _ = writeln!(
+        text,
+        "# HELP {NAME} From a complete request head to the kernel's taking the answer.\n# TYPE {NAME} histogram"
+    );
+    let mut count = 0;
+    for (bucket, bound) in buckets.iter().zip(LATENCY_BUCKETS_US) {
+        count += bucket;
+        let _ = writeln!(text, "{NAME}_bucket{{le=\"{}\"}} {count}", *bound as f64 / 1e6);
+    }
+    count += buckets[LATENCY_BUCKETS_US.len()];
+    let _ = writeln!(text, "{NAME}_bucket{{le=\"+Inf\"}} {count}");
+    let _ = writeln!(text, "{NAME}_sum {}", nanoseconds as f64 / 1e9);
+    let _ = writeln!(text, "{NAME}_count {count}");
+}
