@@ -11,6 +11,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 mod check;
 mod explain;
 mod log;
+mod run;
 
 /// Answers CORS preflights beside the proxy, and passes everything else to it, byte for byte.
 #[derive(Debug, Parser)]
@@ -234,7 +235,7 @@ pub fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
-        Command::Run(_args) => Err(Failure::Failed("todo".to_owned())),
+        Command::Run(args) => run::run(&args),
         Command::Check(args) => check::check(&args),
         Command::Explain(args) => explain::explain(&args),
     };

@@ -152,6 +152,11 @@ impl Workers {
         }
     }
 
+    /// Whether a thread has ended: before a shutdown that is a defect.
+    pub fn has_ended(&self) -> bool {
+        self.threads.iter().any(JoinHandle::is_finished)
+    }
+
     /// Waits for the threads.
     ///
     /// # Errors

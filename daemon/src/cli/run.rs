@@ -1,0 +1,578 @@
+//! `preflightd run`: the control thread.
+//!
+//! It starts the others, watches files and signals, brings new policies to the workers, and shows what happens. No
+//! request passes through it. A worker or relay thread that ends takes the process down: half a daemon loses
+//! connections in silence.
+
+use super::{Engine, Failure, ProxyProtocol, Run, log};
+use crate::{
+    config::{self, Config, Diagnostic, Listener, Loaded, Watch},
+    explain::{self, Sources},
+    policy::{ListenerId, RouteLabels, Table, labels::RouteLabel},
+    publish::Publisher,
+    relay::{self, Relay},
+    telemetry::{
+        RelayStats, ReloadResult, Running, Status, WorkerStats,
+        admin::{self, AdminSocket},
+    },
+    worker::{EngineChoice, WorkerListener, WorkerSetup, Workers, listen},
+};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    task::{JoinError, JoinHandle},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+use tracing::{error, info, warn};
+
+/// How often what comes back from the workers is freed, and the threads are looked after.
+const TICK: Duration = Duration::from_millis(200);
+/// Descriptors beside those of connections.
+const SPARE_DESCRIPTORS: u64 = 256;
+
+pub(super) fn run(args: &Run) -> Result<(), Failure> {
+    let mut files = Files::new(args);
+    let mut labels = RouteLabels::new(config::Admin::default().max_routes);
+    let mut loaded = files.load().map_err(|e| Failure::Usage(e.to_string()))?;
+    let table = loaded.config.as_ref().map(Config::listener_specs).and_then(|specs| {
+        if let Some(config) = &loaded.config {
+            labels = RouteLabels::new(config.admin.max_routes);
+        }
+        loaded.compile(&specs, &mut labels, 1)
+    });
+    let (Some(table), Some(config)) = (table, loaded.config.clone()) else {
+        for finding in &loaded.diagnostics {
+            anstream::eprintln!("{finding}");
+        }
+        return Err(Failure::Failed("the configuration has errors: nothing was started".to_owned()));
+    };
+    let config = files.overridden(config);
+    log::init(&config.log, args.log_level.as_deref())?;
+    log_findings(&loaded.diagnostics);
+    files.paths = loaded.files;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::Failed(format!("cannot start the control thread's runtime: {e}")))?;
+    let ended = runtime.block_on(control(files, config, table, labels));
+    // A reload that still compiles must not hold up the end.
+    runtime.shutdown_background();
+    ended.map_err(|e| {
+        error!("{e}");
+        Failure::Failed(e.to_string())
+    })
+}
+
+/// Where the configuration comes from.
+#[derive(Clone, Debug)]
+struct Files {
+    from: From,
+    workers: Option<u16>,
+    engine: Option<EngineChoice>,
+    admin: Option<SocketAddr>,
+    admin_socket: Option<PathBuf>,
+    log_format: Option<config::LogFormat>,
+    /// What was read the last time.
+    paths: Vec<PathBuf>,
+}
+
+#[derive(Clone, Debug)]
+enum From {
+    File(PathBuf),
+    Arguments { listener: Listener, policies: Vec<PathBuf> },
+}
+
+impl Files {
+    fn new(args: &Run) -> Self {
+        let from = match (args.listen, &args.config) {
+            (Some(address), _) => {
+                let proxy_protocol = match args.proxy_protocol {
+                    ProxyProtocol::Auto => relay::ProxyProtocol::Auto,
+                    ProxyProtocol::Off => relay::ProxyProtocol::Off,
+                    ProxyProtocol::V1 => relay::ProxyProtocol::V1,
+                    ProxyProtocol::V2 => relay::ProxyProtocol::V2,
+                };
+                let listener =
+                    Listener { proxy_protocol, ..Listener::new("default", address, args.upstream) };
+                From::Arguments { listener, policies: args.policy.clone() }
+            }
+            (None, path) => From::File(path.clone().unwrap_or_default()),
+        };
+        Self {
+            from,
+            workers: args.workers,
+            engine: args.engine.map(|engine| match engine {
+                Engine::Auto => EngineChoice::Auto,
+                Engine::IoUring => EngineChoice::IoUring,
+                Engine::Epoll => EngineChoice::Epoll,
+            }),
+            admin: args.admin,
+            admin_socket: args.admin_socket.clone(),
+            log_format: args.log_format,
+            paths: Vec::new(),
+        }
+    }
+
+    fn load(&self) -> io::Result<Loaded> {
+        match &self.from {
+            From::File(path) => config::load(path),
+            From::Arguments { listener, policies } => {
+                config::load_policies(Config::of_listeners(vec![listener.clone()]), policies)
+            }
+        }
+    }
+
+    /// The configuration with what the command line says instead.
+    fn overridden(&self, mut config: Config) -> Config {
+        if let Some(count) = self.workers {
+            config.workers.count = count.into();
+        }
+        if let Some(engine) = self.engine {
+            config.workers.engine = engine;
+        }
+        if self.admin.is_some() {
+            config.admin.address = self.admin;
+        }
+        if self.admin_socket.is_some() {
+            config.admin.socket.clone_from(&self.admin_socket);
+        }
+        if let Some(format) = self.log_format {
+            config.log.format = format;
+        }
+        config
+    }
+}
+
+/// The signals that mean something to us.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.terminate.recv() => Told::End("SIGTERM"),
+            _ = self.interrupt.recv() => Told::End("SIGINT"),
+            _ = self.hangup.recv() => Told::Reload,
+        }
+    }
+}
+
+fn on_signal(kind: SignalKind) -> io::Result<Signal> {
+    signal(kind).map_err(|e| doing("listen for signals", &e))
+}
+
+/// What a signal says.
+enum Told {
+    End(&'static str),
+    Reload,
+}
+
+async fn control(files: Files, config: Config, table: Table, labels: RouteLabels) -> io::Result<()> {
+    // First of all: to reload while starting is to start. SIGTERM may end us until all runs.
+    let hangup = on_signal(SignalKind::hangup())?;
+    let metrics = match config.admin.address {
+        Some(address) => Some(admin::bind(address).await?),
+        None => None,
+    };
+    let socket = config.admin.socket.as_deref().map(AdminSocket::bind).transpose()?;
+    let grace = config.limits.shutdown_grace;
+    let (mut daemon, status) = Daemon::start(config, table, &labels)?;
+    let mut signals = Signals {
+        terminate: on_signal(SignalKind::terminate())?,
+        interrupt: on_signal(SignalKind::interrupt())?,
+        hangup,
+    };
+
+    let mut surfaces = Vec::new();
+    if let Some(listener) = metrics {
+        info!(address = %listener.local_addr()?, "metrics and health");
+        surfaces.push(tokio::spawn(admin::serve(listener, status.clone())));
+    }
+    if let Some(socket) = socket {
+        surfaces.push(tokio::spawn(socket.serve(status.clone())));
+    }
+    let mut reloader = Reloader::new(files, labels, status.clone());
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let ended = loop {
+        tokio::select! {
+            signal = signals.next() => match signal {
+                Told::Reload => reloader.wanted("SIGHUP"),
+                Told::End(signal) => {
+                    info!(signal, grace = ?grace, "draining: no new connections; a second signal ends at once");
+                    break daemon.drain(grace, &status, &mut signals).await;
+                }
+            },
+            table = reloader.next() => if let Some(table) = table {
+                daemon.publisher.publish(&table);
+            },
+            _ = ticks.tick() => if let Err(e) = daemon.tick(&status) {
+                break Err(e);
+            }
+        }
+    };
+    // Their sockets go with them.
+    for surface in surfaces {
+        surface.abort();
+        let _ = surface.await;
+    }
+    ended
+}
+
+/// The threads that serve.
+struct Daemon {
+    publisher: Publisher,
+    workers: Option<Workers>,
+    relay: Option<Relay>,
+}
+
+impl Daemon {
+    fn start(config: Config, table: Table, labels: &RouteLabels) -> io::Result<(Self, Arc<Status>)> {
+        raise_open_files(&config);
+        let count = config.worker_count();
+        let mut addresses = Vec::with_capacity(config.listeners.len());
+        let mut sockets: Vec<Vec<WorkerListener>> = (0..count).map(|_| Vec::new()).collect();
+        for (i, listener) in config.listeners.iter().enumerate() {
+            let (address, opened) = open(listener.address, count)?;
+            info!(listener = listener.name, %address, upstream = ?listener.upstream, "listening");
+            addresses.push(address);
+            for (worker, socket) in sockets.iter_mut().zip(opened) {
+                let id = ListenerId(i as u16);
+                worker.push(WorkerListener { id, socket, has_upstream: listener.upstream.is_some() });
+            }
+        }
+
+        let relay_stats = Arc::new(RelayStats::default());
+        let upstreams = config.upstreams();
+        let (relay, handles) = if upstreams.is_empty() {
+            (None, Vec::new())
+        } else {
+            let (relay, handles) =
+                Relay::start(upstreams, config.relay_limits(), count, relay_stats.clone())?;
+            (Some(relay), handles)
+        };
+
+        let table = Arc::new(table);
+        let sources = explain::sources(&config.policies);
+        let (publisher, subscribers) = Publisher::new(count, table.clone())?;
+        let cpus = if config.workers.pin { cpus() } else { Vec::new() };
+        if config.workers.pin && cpus.len() < count {
+            warn!(workers = count, cpus = cpus.len(), "more workers than CPUs: not pinned");
+        }
+        let stats: Vec<_> = (0..count).map(|_| Arc::new(WorkerStats::new(labels.capacity()))).collect();
+        let mut handles = handles.into_iter();
+        let setups = sockets.into_iter().zip(subscribers).zip(&stats).enumerate();
+        let setups = setups.map(|(index, ((listeners, tables), stats))| WorkerSetup {
+            index,
+            cpu: if cpus.len() < count { None } else { cpus.get(index).copied() },
+            listeners,
+            tables,
+            relay: handles.next(),
+            stats: stats.clone(),
+        });
+        let workers = Workers::start(setups.collect(), config.workers.engine, config.connection_limits())?;
+
+        let running = Running::new(table, labels.all(), sources);
+        info!(
+            version = env!("CARGO_PKG_VERSION"),
+            engine = workers.engine(),
+            workers = count,
+            policies = running.table.policies(),
+            "started"
+        );
+        let backend = relay.as_ref().map(|relay| relay.backend().to_string()).unwrap_or_default();
+        let status =
+            Status::new(stats, relay_stats, config, addresses, workers.engine().to_owned(), backend, running);
+        Ok((Self { publisher, workers: Some(workers), relay }, Arc::new(status)))
+    }
+
+    /// What must be done now and then.
+    fn tick(&mut self, status: &Status) -> io::Result<()> {
+        self.publisher.tick();
+        let acknowledged = self.publisher.acknowledged();
+        {
+            let mut running = status.running();
+            running.generations.clear();
+            running.generations.extend(self.publisher.generations());
+        }
+        if !status.is_ready() && acknowledged >= 1 {
+            status.set_ready();
+            info!(generation = acknowledged, "ready");
+        }
+        let ended = if self.workers.as_ref().is_some_and(Workers::has_ended) {
+            "worker"
+        } else if self.relay.as_ref().is_some_and(Relay::has_ended) {
+            "relay"
+        } else {
+            return Ok(());
+        };
+        Err(io::Error::other(format!(
+            "a {ended} thread has ended: the daemon ends, so that it can be started anew"
+        )))
+    }
+
+    /// Stops accepting, lets connections end, ends the threads.
+    async fn drain(mut self, grace: Duration, status: &Status, signals: &mut Signals) -> io::Result<()> {
+        status.set_draining();
+        // Threads look at their orders at once, and end a little after the grace.
+        let latest = Instant::now() + grace + Duration::from_secs(5);
+        let (workers, relay) = (self.workers.take(), self.relay.take());
+        if let Some(workers) = &workers {
+            workers.shutdown(grace);
+        }
+        if let Some(relay) = &relay {
+            relay.shutdown(grace);
+        }
+        let mut joined = tokio::task::spawn_blocking(move || {
+            workers.map_or(Ok(()), Workers::join).and(relay.map_or(Ok(()), Relay::join))
+        });
+        let mut ticks = interval(TICK);
+        loop {
+            tokio::select! {
+                result = &mut joined => {
+                    info!("ended");
+                    return result.unwrap_or_else(|e| Err(io::Error::other(e)));
+                }
+                signal = signals.next() => if let Told::End(signal) = signal {
+                    return Err(io::Error::other(format!("a second signal ({signal}): ended with open connections")));
+                },
+                () = sleep_until(latest) => {
+                    return Err(io::Error::other("the threads did not end in time: ended with open connections"));
+                }
+                // The workers go on taking and retiring tables.
+                _ = ticks.tick() => { self.publisher.tick(); }
+            }
+        }
+    }
+}
+
+/// Reads the files anew, off the control thread, one reload at a time.
+struct Reloader {
+    files: Files,
+    status: Arc<Status>,
+    watch: Option<Watch>,
+    /// With the reload while one runs: numbers of labels must not be given twice.
+    labels: Option<RouteLabels>,
+    generation: u64,
+    running: Option<JoinHandle<Reload>>,
+    again: bool,
+}
+
+/// What a reload brings.
+struct Reload {
+    labels: RouteLabels,
+    files: Vec<PathBuf>,
+    outcome: Result<Reloaded, ReloadResult>,
+}
+
+struct Reloaded {
+    table: Arc<Table>,
+    labels: Arc<[RouteLabel]>,
+    sources: Arc<Sources>,
+}
+
+impl Reloader {
+    fn new(files: Files, labels: RouteLabels, status: Arc<Status>) -> Self {
+        let watch =
+            Watch::new().map_err(|e| warn!("cannot watch files, only SIGHUP reloads policies: {e}")).ok();
+        let mut this =
+            Self { files, status, watch, labels: Some(labels), generation: 1, running: None, again: false };
+        this.watch_files();
+        this
+    }
+
+    fn watch_files(&mut self) {
+        if let Some(watch) = &mut self.watch
+            && let Err(e) = watch.set(&self.files.paths)
+        {
+            warn!("some changes of files will not be seen (SIGHUP reloads too): {e}");
+        }
+    }
+
+    /// Waits for changed files, which begin a reload, or for the end of one, which may bring a new table.
+    async fn next(&mut self) -> Option<Arc<Table>> {
+        let changed = async {
+            match &self.watch {
+                Some(watch) => watch.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let done = async {
+            match &mut self.running {
+                Some(running) => running.await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = changed => {
+                self.wanted("changed files");
+                None
+            }
+            reload = done => self.done(reload),
+        }
+    }
+
+    /// Begins to reload, or does it again after the present one: its files may have changed since it read them.
+    fn wanted(&mut self, why: &str) {
+        let Some(mut labels) = self.labels.take() else {
+            self.again = true;
+            return;
+        };
+        info!(why, "reading the policies anew");
+        let (files, status, generation) = (self.files.clone(), self.status.clone(), self.generation + 1);
+        self.running = Some(tokio::task::spawn_blocking(move || {
+            let (outcome, read) = reload(&files, &status, &mut labels, generation);
+            Reload { labels, files: read, outcome }
+        }));
+    }
+
+    /// Takes note of a reload that ended: the new table, if there is one.
+    fn done(&mut self, reload: Result<Reload, JoinError>) -> Option<Arc<Table>> {
+        self.running = None;
+        let reload = match reload {
+            Ok(reload) => reload,
+            Err(e) => {
+                // Never again: the labels are lost with it. What runs, runs on.
+                error!("a reload broke off, and policies stay as they are until a restart: {e}");
+                return None;
+            }
+        };
+        self.labels = Some(reload.labels);
+        if !reload.files.is_empty() {
+            self.files.paths = reload.files;
+        }
+        self.watch_files();
+        let result = reload.outcome.as_ref().map_or_else(|result| *result, |_| ReloadResult::Applied);
+        let table = {
+            let mut running = self.status.running();
+            running.reloads[result as usize] += 1;
+            running.current = result == ReloadResult::Applied;
+            reload.outcome.ok().map(|reloaded| {
+                running.table = reloaded.table.clone();
+                running.labels = reloaded.labels;
+                running.sources = reloaded.sources;
+                reloaded.table
+            })
+        };
+        match &table {
+            Some(table) => {
+                info!(
+                    generation = table.generation(),
+                    policies = table.policies(),
+                    "the policies were replaced"
+                );
+            }
+            None => error!(result = result.as_str(), "the policies stay as they were"),
+        }
+        if std::mem::take(&mut self.again) {
+            self.wanted("changed files");
+        }
+        table
+    }
+}
+
+/// Reads and compiles. Also returns which files were read.
+fn reload(
+    files: &Files,
+    status: &Status,
+    labels: &mut RouteLabels,
+    generation: u64,
+) -> (Result<Reloaded, ReloadResult>, Vec<PathBuf>) {
+    let mut loaded = match files.load() {
+        Ok(loaded) => loaded,
+        Err(e) => {
+            error!("{e}");
+            return (Err(ReloadResult::Unreadable), Vec::new());
+        }
+    };
+    let read = std::mem::take(&mut loaded.files);
+    if let Some(config) = &mut loaded.config {
+        let changed = files.overridden(config.clone()).changed_sections(&status.config);
+        if !changed.is_empty() {
+            warn!(
+                sections = changed.join(", "),
+                "only policies are replaced while running: restart for the rest"
+            );
+        }
+        config.policies = config.policies_for(&status.config.listeners);
+    }
+    let table = loaded.compile(&status.config.listener_specs(), labels, generation);
+    log_findings(&loaded.diagnostics);
+    let outcome = match (table, loaded.config) {
+        (Some(table), Some(config)) => Ok(Reloaded {
+            table: Arc::new(table),
+            labels: labels.all().into(),
+            sources: Arc::new(explain::sources(&config.policies)),
+        }),
+        _ => Err(ReloadResult::Refused),
+    };
+    (outcome, read)
+}
+
+fn log_findings(findings: &[Diagnostic]) {
+    for finding in findings {
+        let (place, code, help) = (finding.place(), finding.code, finding.help.replace('\n', "; "));
+        if finding.is_error() {
+            error!(place, code, help, "{}", finding.message);
+        } else {
+            warn!(place, code, help, "{}", finding.message);
+        }
+    }
+}
+
+/// One listening socket for each worker, and the address that they got.
+fn open(address: SocketAddr, count: usize) -> io::Result<(SocketAddr, Vec<OwnedFd>)> {
+    let first = TcpListener::from(listen::open(address)?);
+    let address = first.local_addr().map_err(|e| doing("ask a listener for its address", &e))?;
+    let mut sockets = vec![OwnedFd::from(first)];
+    for _ in 1..count {
+        sockets.push(listen::open(address)?);
+    }
+    Ok((address, sockets))
+}
+
+/// The CPUs that the process may use.
+fn cpus() -> Vec<usize> {
+    match rustix::thread::sched_getaffinity(None) {
+        Ok(set) => (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).collect(),
+        Err(_) => Vec::new(),
+    }
+}
+
+/// Descriptors for all connections that the limits allow.
+fn raise_open_files(config: &Config) {
+    let workers = (config.worker_count() * config.limits.max_connections) as u64;
+    let relayed = if config.upstreams().is_empty() { 0 } else { 2 * config.relay.max_connections as u64 };
+    let needed = workers + relayed + SPARE_DESCRIPTORS;
+    let now = getrlimit(Resource::Nofile);
+    if now.maximum.is_some_and(|maximum| maximum < needed) {
+        let more = Rlimit { current: Some(needed), maximum: Some(needed) };
+        if setrlimit(Resource::Nofile, more).is_ok() {
+            return;
+        }
+        warn!(
+            allowed = now.maximum,
+            needed,
+            "fewer file descriptors than limits.max_connections and relay.max_connections may need: raise the limit \
+             (LimitNOFILE, ulimit -n) or lower them"
+        );
+    }
+    // Up to the hard limit nothing is asked for that was not granted already.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: now.maximum, maximum: now.maximum });
+}
+
+fn doing(what: &str, e: &io::Error) -> io::Error {
+    io::Error::new(e.kind(), format!("cannot {what}: {e}"))
+}
