@@ -16,7 +16,7 @@ static UNCOUNTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(uncounted::SL
 
 /// Counts one packet of `bytes` for `port`; false if the port is not served.
 #[inline(always)]
-pub fn count(port: u16, bytes: u32) -> bool {
+pub(crate) fn count(port: u16, bytes: u32) -> bool {
     let Some(count) = PORTS.get_ptr_mut(PortKey { port }) else { return false };
     // SAFETY: the map gave this pointer, the value is this CPU's own, and TC runs on a CPU one packet at a time.
     let count = unsafe { &mut *count };
@@ -27,7 +27,7 @@ pub fn count(port: u16, bytes: u32) -> bool {
 
 /// Counts one packet in a slot of [`uncounted`].
 #[inline(always)]
-pub fn skip(slot: u32) {
+pub(crate) fn skip(slot: u32) {
     if let Some(count) = UNCOUNTED.get_ptr_mut(slot) {
         // SAFETY: as in `count`.
         unsafe { *count += 1 }

@@ -17,7 +17,7 @@ const IPPROTO_TCP: u8 = 6;
 
 /// The destination port of a TCP packet, or the slot of [`uncounted`] that says why there is none.
 #[inline(always)]
-pub fn tcp_destination(ctx: &TcContext) -> Result<u16, u32> {
+pub(crate) fn tcp_destination(ctx: &TcContext) -> Result<u16, u32> {
     let (ethertype, at) = network_header(ctx)?;
     let tcp = match ethertype {
         ETHERTYPE_IPV4 => behind_ipv4(ctx, at)?,

@@ -62,7 +62,8 @@ fn toolchain(root: &Path) -> Result<(PathBuf, PathBuf), String> {
     let linker = env::var_os("EBPF_LINKER").map_or_else(|| root.join(".tools/bin/bpf-linker"), PathBuf::from);
     for (what, path) in [("compiler", &rustc), ("linker", &linker)] {
         if !path.is_file() {
-            let path = path.display();
+            let path =
+                if path.as_os_str().is_empty() { "none is chosen".into() } else { path.to_string_lossy() };
             return Err(format!("the eBPF {what} is missing ({path}): run `cargo xtask setup`"));
         }
     }
