@@ -1,9 +1,6 @@
 //! `cargo xtask demo`: preflightd before a real nginx, live, on a fresh machine.
 
-use std::{
-    os::unix::process::CommandExt as _,
-    process::Command,
-};
+use std::{os::unix::process::CommandExt as _, process::Command};
 
 use anyhow::{Context as _, Result};
 
@@ -22,7 +19,7 @@ pub(crate) struct Arguments {
 /// # Errors
 /// If the set-up is incomplete or the build fails.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    setup::run(&setup::Arguments::default())?;
+    setup::run(&setup::Arguments::for_demo())?;
     sh::run(sh::cargo().args([
         "build",
         "--release",

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod build_ebpf;
+mod demo;
 mod ebpf_object;
 mod lint;
 mod setup;
@@ -21,6 +22,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     Setup(setup::Arguments),
+    Demo(demo::Arguments),
     BuildEbpf(build_ebpf::Arguments),
     Lint(lint::Arguments),
     Test(test::Arguments),
@@ -29,6 +31,7 @@ enum Task {
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().task {
         Task::Setup(arguments) => setup::run(&arguments),
+        Task::Demo(arguments) => demo::run(&arguments),
         Task::BuildEbpf(arguments) => build_ebpf::run(&arguments),
         Task::Lint(arguments) => lint::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),

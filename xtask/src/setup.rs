@@ -24,6 +24,13 @@ pub(crate) struct Arguments {
     bench: bool,
 }
 
+impl Arguments {
+    /// Only what the build and the demo need.
+    pub(crate) fn for_demo() -> Self {
+        Self { demo: true, ..Self::default() }
+    }
+}
+
 /// Installs what is missing.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 //! skipped and why. With `CI` set nothing may be skipped.
 
 use std::{
-    fmt,
+    fmt, fs,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
     time::Instant,
@@ -102,21 +102,31 @@ fn doc_tests() -> Result<Outcome> {
     Ok(Outcome::ran(""))
 }
 
-/// Every fuzz target for a while, on the corpus that earlier runs left.
+/// Every fuzz target for a while: on `fuzz/seeds/TARGET` and on what earlier runs found, with `fuzz/TARGET.dict`.
 fn fuzz(full: bool) -> Result<Outcome> {
     if !setup::has_nightly() {
         return Ok(Outcome::Skipped("needs a nightly toolchain: rustup toolchain install nightly".into()));
     }
+    setup::cargo_tool("fuzz")?;
     let targets =
         sh::output(sh::cargo_of("nightly").args(["fuzz", "list"])).context("cannot list fuzz/'s targets")?;
     ensure!(!targets.is_empty(), "fuzz/ has no targets");
     let seconds = if full { 600 } else { 10 };
     for target in targets.lines() {
-        sh::run(
-            sh::cargo_of("nightly")
-                .args(["fuzz", "run", target, "--"])
-                .arg(format!("-max_total_time={seconds}")),
-        )?;
+        // What is found goes to the first directory that is named.
+        let corpus = format!("fuzz/corpus/{target}");
+        fs::create_dir_all(sh::root().join(&corpus)).with_context(|| format!("cannot create {corpus}"))?;
+        let (seeds, dictionary) = (format!("fuzz/seeds/{target}"), format!("fuzz/{target}.dict"));
+        let mut cargo = sh::cargo_of("nightly");
+        cargo.args(["fuzz", "run", target, &corpus]);
+        if sh::root().join(&seeds).is_dir() {
+            cargo.arg(&seeds);
+        }
+        cargo.args(["--", &format!("-max_total_time={seconds}")]);
+        if sh::root().join(&dictionary).is_file() {
+            cargo.arg(format!("-dict={dictionary}"));
+        }
+        sh::run(&mut cargo)?;
     }
     Ok(Outcome::ran(format!("{} for {seconds} s each", targets.replace('\n', ", "))))
 }
