@@ -193,11 +193,6 @@ impl Connection {
         debug_assert!(self.sent <= self.output.len());
     }
 
-    /// The kernel took all of them.
-    pub(super) fn sent_all(&mut self) {
-        self.sent = self.output.len();
-    }
-
     /// The sending side is shut.
     pub(super) fn shut(&mut self) {
         self.end = End::Lingering;
@@ -390,5 +385,275 @@ fn refusal(reason: PassReason) -> ErrorResponse {
         | PassReason::BadOrigin
         | PassReason::BadRequestMethod => ErrorResponse::BadRequest,
         _ => ErrorResponse::Misdirected,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::testing::{GET, HEAD_LIMITS, REQUEST, request, table};
+    use PassReason::{NoHost, NotOptions, Truncated};
+
+    const DATE: &[u8; 29] = b"Sun, 06 Nov 1994 08:49:37 GMT";
+
+    /// What a client saw of a connection that was driven until it had to wait.
+    #[derive(Debug, Default, PartialEq)]
+    struct Seen {
+        answers: Vec<u8>,
+        end: Ended,
+    }
+
+    #[derive(Debug, Default, PartialEq)]
+    enum Ended {
+        #[default]
+        Open,
+        Closed,
+        /// The sending side was shut and the rest read, then it was closed.
+        Lingered,
+        Passed(PassReason, Vec<u8>, bool),
+    }
+
+    struct Driver {
+        connection: Connection,
+        table: Table,
+        stats: WorkerStats,
+        draining: bool,
+        answers: Cell<u64>,
+        /// The kernel takes so many bytes at once.
+        send: usize,
+        /// The client is done sending.
+        eof: bool,
+        lingered: bool,
+        seen: Seen,
+    }
+
+    impl Driver {
+        fn new(has_upstream: bool) -> Self {
+            let mut connection = Connection::new();
+            connection.reset(ListenerId(0), has_upstream);
+            Self {
+                connection,
+                table: table(1),
+                stats: WorkerStats::new(8),
+                draining: false,
+                answers: Cell::new(0),
+                send: usize::MAX,
+                eof: false,
+                lingered: false,
+                seen: Seen::default(),
+            }
+        }
+
+        fn context(&self) -> Context<'_> {
+            let Self { table, stats, draining, answers, .. } = self;
+            Context { table, date: DATE, head: HEAD_LIMITS, stats, draining: *draining, answers }
+        }
+
+        /// The next step; the borrow of the context ends with it.
+        fn step(&mut self) -> Step {
+            let mut connection = mem::replace(&mut self.connection, Connection::new());
+            let step = connection.advance(&self.context());
+            self.connection = connection;
+            step
+        }
+
+        /// The client sends these bytes, of which the engine reads as many at once as there is room for.
+        fn feed(&mut self, mut bytes: &[u8]) -> &mut Self {
+            while self.seen.end == Ended::Open {
+                match self.step() {
+                    Step::Read if bytes.is_empty() && !self.eof => return self,
+                    Step::Read => {
+                        let space = self.connection.space();
+                        let n = bytes.len().min(space.len());
+                        space[..n].copy_from_slice(&bytes[..n]);
+                        bytes = &bytes[n..];
+                        self.connection.received(n, !bytes.is_empty());
+                    }
+                    Step::Send | Step::SendThenRead | Step::SendThenClose => {
+                        let unsent = self.connection.unsent();
+                        assert!(unsent.len() <= OUTPUT_BOUND + 4096, "unbounded answers");
+                        let n = unsent.len().min(self.send);
+                        self.seen.answers.extend_from_slice(&unsent[..n]);
+                        self.connection.sent(n);
+                    }
+                    Step::Shut => {
+                        self.lingered = true;
+                        self.connection.shut();
+                    }
+                    Step::Close => {
+                        self.seen.end = if self.lingered { Ended::Lingered } else { Ended::Closed }
+                    }
+                    Step::HandOver(reason) => {
+                        assert!(self.connection.unsent().is_empty(), "answers come first");
+                        let (mut rest, eof) = self.connection.take_rest();
+                        // What the engine has not read is still in the socket.
+                        rest.extend_from_slice(bytes);
+                        self.seen.end = Ended::Passed(reason, rest, eof);
+                    }
+                }
+            }
+            self
+        }
+
+        fn end(&mut self) -> &mut Self {
+            self.eof = true;
+            self.feed(b"")
+        }
+
+        /// The status of each response; a body may name the protocol too.
+        fn statuses(&self) -> Vec<u16> {
+            let text = String::from_utf8(self.seen.answers.clone()).expect("text");
+            text.split("HTTP/1.1 ").filter_map(|rest| rest.get(..3)?.parse().ok()).collect()
+        }
+    }
+
+    fn closing() -> Vec<u8> {
+        request("Connection: close\r\n")
+    }
+
+    #[test]
+    fn what_becomes_of_a_connection_however_it_is_split() {
+        let two_then_get = [REQUEST, REQUEST, GET].concat();
+        let cut = &REQUEST[..60];
+        let foreign =
+            String::from_utf8(REQUEST.to_vec()).expect("text").replace("api.example", "www.example");
+        // Bytes, whether the client then half-closes, statuses, end.
+        #[rustfmt::skip]
+        let cases: &[(&str, Vec<u8>, bool, &[u16], Ended)] = &[
+            ("keep-alive", REQUEST.to_vec(), false, &[204], Ended::Open),
+            ("pipelined", REQUEST.repeat(3), false, &[204, 204, 204], Ended::Open),
+            ("half-closed behind requests", REQUEST.repeat(2), true, &[204, 204], Ended::Closed),
+            ("nothing at all", vec![], true, &[], Ended::Closed),
+            ("close", closing(), false, &[204], Ended::Closed),
+            ("close and half-close", closing(), true, &[204], Ended::Closed),
+            ("two, then not ours", two_then_get, false, &[204, 204], Ended::Passed(NotOptions, GET.into(), false)),
+            ("not ours", GET.to_vec(), false, &[], Ended::Passed(NotOptions, GET.into(), false)),
+            ("foreign host", foreign.clone().into(), false, &[], Ended::Passed(NoHost, foreign.into(), false)),
+            ("cut off", cut.to_vec(), true, &[], Ended::Passed(Truncated, cut.into(), true)),
+            ("cut off behind one", [REQUEST, cut].concat(), true, &[204], Ended::Passed(Truncated, cut.into(), true)),
+        ];
+        for (name, bytes, eof, statuses, end) in cases {
+            for split in 0..bytes.len().max(1) {
+                let mut driver = Driver::new(true);
+                driver.feed(&bytes[..split]);
+                // What is beyond the end of a passed connection is the relay's to read.
+                let passed = matches!(driver.seen.end, Ended::Passed(..));
+                if let Ended::Passed(_, rest, _) = &mut driver.seen.end {
+                    rest.extend_from_slice(&bytes[split..]);
+                } else {
+                    driver.feed(&bytes[split..]);
+                }
+                if *eof && !passed {
+                    driver.end();
+                }
+                assert_eq!(driver.statuses(), *statuses, "{name}, split at {split}");
+                assert_eq!(driver.seen.end, *end, "{name}, split at {split}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_an_upstream_it_says_why() {
+        let large = [b"OPTIONS / HTTP/1.1\r\nHost: a\r\nX: ", &[b'a'; 20_000][..]].concat();
+        for (name, bytes, eof, status) in [
+            ("another method", GET.to_vec(), false, 421),
+            ("malformed", b"OPTIONS / HTTP/1.1\r\nHost : a\r\n\r\n".to_vec(), false, 400),
+            ("too large", large, false, 431),
+            ("cut off", REQUEST[..40].to_vec(), true, 400),
+        ] {
+            let mut driver = Driver::new(false);
+            driver.feed(&bytes);
+            driver.end();
+            assert_eq!(driver.statuses(), [status], "{name}");
+            // The client may be in the midst of a body: it is read before the close, unless the client has ended.
+            assert_eq!(driver.seen.end, if eof { Ended::Closed } else { Ended::Lingered }, "{name}");
+            assert_eq!(driver.stats.error_responses.get(), 1, "{name}");
+        }
+    }
+
+    #[test]
+    fn bytes_behind_the_last_answer_are_read_but_not_without_end() {
+        let mut driver = Driver::new(true);
+        driver.feed(&[&closing(), REQUEST].concat());
+        assert_eq!((driver.statuses(), &driver.seen.end), (vec![204], &Ended::Open), "lingers");
+        driver.end();
+        assert_eq!(driver.seen.end, Ended::Lingered);
+
+        let mut driver = Driver::new(true);
+        driver.feed(&[closing(), vec![b'x'; 10 << 20]].concat());
+        assert_eq!(driver.seen.end, Ended::Lingered, "gives up");
+    }
+
+    #[test]
+    fn a_slow_reader_bounds_what_is_answered_ahead() {
+        let mut driver = Driver::new(true);
+        driver.send = 100;
+        driver.feed(&[REQUEST.repeat(1000), GET.to_vec()].concat());
+        assert_eq!(driver.statuses(), [204; 1000]);
+        assert_eq!(driver.seen.end, Ended::Passed(NotOptions, GET.into(), false));
+        assert_eq!(driver.answers.get(), 1000);
+    }
+
+    #[test]
+    fn draining_the_last_answer_says_close() {
+        let mut driver = Driver::new(true);
+        driver.feed(&REQUEST[..50]);
+        driver.draining = true;
+        driver.feed(&[&REQUEST[50..], REQUEST].concat());
+        let answers = String::from_utf8(driver.seen.answers.clone()).expect("text");
+        assert_eq!(driver.statuses(), [204, 204]);
+        assert_eq!(answers.matches("Connection: close").count(), 1);
+        assert!(answers.rfind("Connection: close") > answers.rfind("204"));
+        assert_eq!(driver.seen.end, Ended::Closed);
+    }
+
+    #[test]
+    fn timeouts() {
+        for (name, wait, bytes, status, end) in [
+            ("head", Wait::Head, &REQUEST[..10], Some(408), Ended::Lingered),
+            ("relay", Wait::Relay, GET, Some(503), Ended::Lingered),
+            ("idle", Wait::Idle, &b""[..], None, Ended::Closed),
+            ("send", Wait::Send, &b""[..], None, Ended::Closed),
+        ] {
+            let mut driver = Driver::new(true);
+            if wait != Wait::Relay {
+                driver.feed(bytes);
+            }
+            let mut connection = mem::replace(&mut driver.connection, Connection::new());
+            connection.timed_out(wait, &driver.context());
+            driver.connection = connection;
+            driver.feed(b"").end();
+            assert_eq!(driver.statuses(), status.into_iter().collect::<Vec<_>>(), "{name}");
+            assert_eq!(driver.seen.end, end, "{name}");
+        }
+    }
+
+    #[test]
+    fn timers_start_when_something_new_is_waited_for() {
+        let mut driver = Driver::new(true);
+        let mut steps = Vec::new();
+        let (first, second) = REQUEST.split_at(40);
+        let (second, third) = second.split_at(40);
+        for bytes in [b"", first, second, third] {
+            driver.feed(bytes);
+            steps.push(driver.connection.timer());
+        }
+        // The second piece of a head does not give it more time; an answer begins a new idleness.
+        assert_eq!(steps, [Some(Wait::Idle), Some(Wait::Head), None, Some(Wait::Idle)]);
+        driver.feed(&[REQUEST, first].concat());
+        assert_eq!(driver.connection.timer(), Some(Wait::Head));
+        driver.feed(&[second, third, first].concat());
+        assert_eq!(driver.connection.timer(), Some(Wait::Head), "the next head has its own time");
+    }
+
+    #[test]
+    fn buffers_serve_the_next_client_clean() {
+        let mut driver = Driver::new(true);
+        driver.feed(&[REQUEST, &REQUEST[..30]].concat());
+        driver.connection.reset(ListenerId(0), true);
+        driver.seen = Seen::default();
+        driver.feed(REQUEST);
+        assert_eq!(driver.statuses(), [204]);
+        assert_eq!(driver.connection.space().len(), INPUT);
     }
 }

@@ -219,11 +219,12 @@ impl Epoll {
             entry.socket = Some(client);
             self.drive(slot);
         }
+        self.make_room();
     }
 
-    /// Room for one more connection, if need be by closing the longest idle one. False: there is none.
+    /// Keeps within the cap, if need be by closing the longest idle connection. False: none is idle.
     fn make_room(&mut self) -> bool {
-        while self.shared.live >= self.shared.limits.max_connections {
+        while self.shared.live > self.shared.limits.max_connections {
             let Some(slot) = self.shared.timers.take_longest_idle() else {
                 if !mem::replace(&mut self.capped, true) {
                     self.shared.stats.capped.add(1);
@@ -240,8 +241,8 @@ impl Epoll {
 
     /// Looks for new connections only while they can be taken.
     fn watch_listeners(&mut self) {
-        let idle = self.capped && self.shared.live >= self.shared.limits.max_connections;
-        let watch = !idle && self.shared.clock.now >= self.accept_after;
+        let full = self.shared.live > self.shared.limits.max_connections;
+        let watch = !full && self.shared.clock.now >= self.accept_after;
         for (index, listener) in self.listeners.iter_mut().enumerate() {
             if let Some(socket) = &listener.socket
                 && listener.watched != watch

@@ -21,6 +21,10 @@ mod connection;
 mod epoll;
 pub mod listen;
 mod shared;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod uring;
 
 /// Which engine drives the sockets.

@@ -533,10 +533,16 @@ impl Uring {
     }
 
     fn apply(&mut self, slot: usize, doom: Doom) {
-        let connection = self.entries[slot].connection();
+        let entry = &mut self.entries[slot];
         match doom {
-            Doom::Timeout(wait) => connection.timed_out(wait, &self.shared.context()),
-            Doom::Evict | Doom::Drain => connection.fail(),
+            Doom::Timeout(wait) => entry.connection().timed_out(wait, &self.shared.context()),
+            Doom::Drain => entry.connection().fail(),
+            Doom::Evict => {
+                // Counts until it is closed: no other has to go for the same newcomer.
+                entry.connection().fail();
+                entry.doom = Some(Doom::Evict);
+                self.evicting += 1;
+            }
         }
         self.step(slot);
     }
