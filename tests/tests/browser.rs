@@ -4,7 +4,7 @@
 use preflightd_tests::{
     Config, Daemon, Nginx,
     browser::Browser,
-    site::{free_address, have},
+    site::{free_address, have, wait_until},
 };
 
 #[test]
@@ -17,11 +17,13 @@ fn chromium_obeys_the_answers() {
     let (good, evil, site) = (free_address(), free_address(), free_address());
     let nginx = Nginx::start(&[good, evil, site], |_| {
         // As its application would: CORS headers on the actual responses. Preflights it would refuse with 405.
+        // It closes after each response: on a connection that the relay has, preflights are the proxy's affair.
         format!(
             "server {{ listen {good}; location / {{ default_type text/html; return 200 '<title>good</title>'; }} }}
             server {{ listen {evil}; location / {{ default_type text/html; return 200 '<title>evil</title>'; }} }}
             server {{
                 listen {site};
+                keepalive_timeout 0;
                 add_header Access-Control-Allow-Origin $http_origin always;
                 add_header Access-Control-Allow-Credentials true always;
                 if ($request_method = OPTIONS) {{ return 405; }}
@@ -102,6 +104,8 @@ fn chromium_obeys_the_answers() {
         assert_eq!(metrics.count("preflightd_requests_total", &labels), wanted, "{labels:?}");
     }
     // nginx saw the PUTs that were allowed, no other, and not one preflight.
+    let logged = |what: &str| nginx.access_log().iter().filter(|line| line.contains(what)).count();
+    wait_until("nginx to log the PUTs", || logged("PUT") >= 3);
     let log = nginx.access_log();
     let seen = |what: &str| log.iter().filter(|line| line.contains(what)).count();
     assert_eq!(seen("OPTIONS"), 0, "{log:#?}");
@@ -110,4 +114,47 @@ fn chromium_obeys_the_answers() {
         (2, 1, 3, 0),
         "{log:#?}"
     );
+}
+
+/// A browser sends later preflights over the connection of an earlier request, which the relay has: then the proxy
+/// answers, and it must make no difference.
+#[test]
+fn chromium_reuses_relayed_connections() {
+    if !have(&["nginx"]) {
+        return;
+    }
+    let Some(browser) = Browser::start() else { return };
+    let (page, site) = (free_address(), free_address());
+    let nginx = Nginx::start(&[page, site], |_| {
+        format!(
+            "server {{ listen {page}; location / {{ default_type text/html; return 200 '<title>page</title>'; }} }}
+            server {{
+                listen {site};
+                add_header Access-Control-Allow-Origin http://{page} always;
+                add_header Access-Control-Allow-Methods PUT always;
+                if ($request_method = OPTIONS) {{ return 204; }}
+                location / {{ return 200 $request_method; }}
+            }}"
+        )
+    });
+    let policy = format!(
+        "[[policy]]\nname = \"put\"\nhosts = [\"*\"]\norigins = [\"http://{page}\"]\nmethods = [\"PUT\"]\n"
+    );
+    let daemon = Daemon::start(Config::new(site, policy));
+    browser.open(&format!("http://{page}/"));
+    for i in 0..10 {
+        let url = format!("http://{}/{i}", daemon.address());
+        let body = browser
+            .run(&format!("return await (await fetch('{url}', {{method: 'PUT'}})).text();"))
+            .unwrap_or_else(|e| panic!("PUT {i}: {e}"));
+        assert_eq!(body, "PUT", "PUT {i}");
+    }
+    wait_until("nginx to log the PUTs", || {
+        nginx.access_log().iter().filter(|line| line.contains("PUT")).count() == 10
+    });
+    let answered = daemon.metrics().count("preflightd_requests_total", &[("outcome", "allowed")]);
+    let log = nginx.access_log();
+    let seen = |what: &str| log.iter().filter(|line| line.contains(what)).count() as u64;
+    assert!(answered > 0, "{log:#?}");
+    assert_eq!((answered + seen("OPTIONS"), seen("PUT")), (10, 10), "{log:#?}");
 }
