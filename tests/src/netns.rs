@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    ffi::OsStr,
     fs::File,
     os::fd::AsFd as _,
     panic,
@@ -84,7 +85,7 @@ impl Netns {
     }
 
     /// A command that runs in the namespace and, unlike with `ip netns exec`, sees the same `/sys` as this process.
-    pub fn command(&self, program: &str) -> Command {
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path())).arg(program);
         command

@@ -4,6 +4,7 @@
 use crate::{Fallible, beside};
 use preflightd_tests::{
     Nginx,
+    netns::Netns,
     site::{end, free_address, program, signal},
 };
 use rustix::process::Signal;
@@ -132,7 +133,7 @@ struct Addresses {
 /// Two namespaces joined by a veth pair; or loopback.
 enum Net {
     Loopback,
-    Namespaces { client: String, node: String },
+    Namespaces { client: Netns, node: Netns },
 }
 
 impl Net {
@@ -154,21 +155,13 @@ impl Net {
     }
 
     fn namespaces() -> Fallible<Self> {
-        let (client, node) =
-            (format!("pd-demo-client-{}", process::id()), format!("pd-demo-node-{}", process::id()));
-        // From here on, a failure takes down what is there already.
-        let net = Self::Namespaces { client: client.clone(), node: node.clone() };
-        ip(&["netns", "add", &client])?;
-        ip(&["netns", "add", &node])?;
-        ip(&[
-            "link", "add", "eth0", "netns", &client, "type", "veth", "peer", "name", "eth0", "netns", &node,
-        ])?;
-        for (namespace, address) in [(&client, "10.77.0.2/24"), (&node, "10.77.0.1/24")] {
-            ip(&["-n", namespace, "address", "add", address, "dev", "eth0"])?;
-            ip(&["-n", namespace, "link", "set", "eth0", "up"])?;
-            ip(&["-n", namespace, "link", "set", "lo", "up"])?;
-        }
-        Ok(net)
+        // Root in a container may not be allowed to: asked by doing it.
+        let probe = format!("pf-demo-probe-{}", process::id());
+        ip(&["netns", "add", &probe])?;
+        ip(&["netns", "delete", &probe])?;
+        let (client, node) = (Netns::new("demo-client"), Netns::new("demo-node"));
+        client.link("eth0", &["10.77.0.2/24"], &node, "eth0", &["10.77.0.1/24"]);
+        Ok(Self::Namespaces { client, node })
     }
 
     fn addresses(&self) -> Addresses {
@@ -184,43 +177,26 @@ impl Net {
     }
 
     fn on_client(&self, program: &Path) -> Command {
-        self.command(program, true)
+        match self {
+            Self::Loopback => Command::new(program),
+            Self::Namespaces { client, .. } => client.command(program),
+        }
     }
 
     fn on_node(&self, program: &Path) -> Command {
-        self.command(program, false)
-    }
-
-    fn command(&self, program: &Path, on_client: bool) -> Command {
         match self {
             Self::Loopback => Command::new(program),
-            Self::Namespaces { client, node } => {
-                let mut command = Command::new(ip_program());
-                command.args(["netns", "exec", if on_client { client } else { node }]).arg(program);
-                command
-            }
+            Self::Namespaces { node, .. } => node.command(program),
         }
     }
-}
-
-impl Drop for Net {
-    fn drop(&mut self) {
-        if let Self::Namespaces { client, node } = self {
-            // One of them may not exist, if building stopped half-way.
-            let _ = ip(&["netns", "delete", client]);
-            let _ = ip(&["netns", "delete", node]);
-        }
-    }
-}
-
-fn ip_program() -> std::path::PathBuf {
-    program("ip").unwrap_or_else(|| "ip".into())
 }
 
 fn ip(arguments: &[&str]) -> Fallible<()> {
     let line = || format!("ip {}", arguments.join(" "));
-    let output =
-        Command::new(ip_program()).args(arguments).output().map_err(|e| format!("{}: {e}", line()))?;
+    let output = Command::new(program("ip").unwrap_or_else(|| "ip".into()))
+        .args(arguments)
+        .output()
+        .map_err(|e| format!("{}: {e}", line()))?;
     if output.status.success() {
         return Ok(());
     }
