@@ -1,5 +1,7 @@
 //! `Access-Control-Request-Headers`: checked against a list, or validated for an echo, in one bounded pass.
 
+use super::strings::Strings;
+
 /// More bytes than this over all lines are never echoed.
 pub(super) const MAX_ECHO: usize = 4096;
 
@@ -9,10 +11,10 @@ const MAX_OWS: usize = 2;
 const MAX_EMPTY: usize = 16;
 
 /// Header names that a policy allows.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Names {
     /// Lower-case, ascending, unique.
-    sorted: Box<[Box<[u8]>]>,
+    sorted: Strings,
     longest: usize,
 }
 
@@ -23,13 +25,13 @@ impl Names {
         sorted.sort_unstable();
         sorted.dedup();
         let longest = sorted.iter().map(|n| n.len()).max().unwrap_or(0);
-        Self { sorted: sorted.into(), longest }
+        Self { sorted: Strings::new(sorted), longest }
     }
 
     /// Whether every requested name is allowed. A browser sends them lower-case, sorted and unique (Fetch
-    /// §4.8): so each is looked for behind the one before, and nothing is scanned further than the longest allowed name.
+    /// §4.8): so each must stand behind the one before, and nothing is scanned further than the longest allowed name.
     pub(super) fn allow(&self, lines: &[&[u8]]) -> bool {
-        let mut remaining = &*self.sorted;
+        let mut from = 0;
         let mut empty = 0;
         for line in lines {
             let mut rest = *line;
@@ -37,7 +39,13 @@ impl Names {
                 let mut ows = MAX_OWS;
                 rest = skip_ows(rest, &mut ows);
                 let scan = rest.len().min(self.longest + 1);
-                let end = rest[..scan].iter().position(|b| matches!(b, b',' | b' ' | b'\t')).unwrap_or(scan);
+                let mut end = 0;
+                while let Some(b) = rest.get(end)
+                    && end < scan
+                    && CLASS[usize::from(*b)] != SEPARATOR
+                {
+                    end += 1;
+                }
                 let (name, after) = rest.split_at(end);
                 rest = skip_ows(after, &mut ows);
                 if name.is_empty() {
@@ -46,9 +54,9 @@ impl Names {
                         return false;
                     }
                 } else {
-                    match remaining.binary_search_by(|n| (**n).cmp(name)) {
-                        Ok(i) => remaining = &remaining[i + 1..],
-                        Err(_) => return false,
+                    match self.sorted.find(name) {
+                        Some(i) if i >= from => from = i + 1,
+                        _ => return false,
                     }
                 }
                 match rest.split_first() {
@@ -125,6 +133,7 @@ pub(super) fn is_token(text: &[u8]) -> bool {
 
 const TOKEN: u8 = 1;
 const BAD: u8 = 2;
+const SEPARATOR: u8 = 0;
 const CLASS: [u8; 256] = {
     let mut table = [BAD; 256];
     let mut b = 0;
@@ -151,7 +160,7 @@ const CLASS: [u8; 256] = {
         {
             table[b] = TOKEN;
         } else if matches!(c, b',' | b' ' | b'\t') {
-            table[b] = 0;
+            table[b] = SEPARATOR;
         }
         b += 1;
     }

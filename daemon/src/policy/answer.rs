@@ -102,17 +102,17 @@ impl Answer<'_> {
             AllowHeaders::Echo => self.request_headers.iter().map(|line| line.len() + 1).sum(),
             AllowHeaders::Star | AllowHeaders::Fixed => 1,
         };
-        // The longest names and values of all dynamic lines together are below 256 bytes.
-        256 + t.start.len() + t.fixed.len() + self.origin.len() + self.method.len() + echo
+        // The names and static values of all dynamic lines together, and the date, are below 256 bytes.
+        256 + t.kind.start.len() + t.fixed.len() + self.origin.len() + self.method.len() + echo
     }
 
     /// Appends the whole response to `out`. Allocates only if `out` lacks [`Answer::max_len`] spare bytes.
     /// `date` is an IMF-fixdate (RFC 9110 §5.6.7), as every answer carries `Date` (§6.6.1).
     pub fn render(&self, date: &[u8; 29], connection: Connection, out: &mut Vec<u8>) {
         let t = self.template;
-        let names = t.names;
+        let names = t.kind.names;
         out.reserve(self.max_len());
-        out.extend_from_slice(t.start);
+        out.extend_from_slice(t.kind.start);
         out.extend_from_slice(date);
         out.extend_from_slice(match connection {
             Connection::KeepAlive => b"\r\n",
@@ -155,7 +155,7 @@ impl Answer<'_> {
 }
 
 /// When `Access-Control-Allow-Headers` echoes the request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum EchoHeaders {
     /// Static list, or no line.
     Never,
@@ -168,20 +168,34 @@ pub(super) enum EchoHeaders {
 }
 
 /// The static bytes of an answer and what is spliced in.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct Template {
-    /// Up to the date.
-    start: &'static [u8],
-    names: &'static Names,
+    kind: &'static Kind,
     fixed: Box<[u8]>,
-    pub(super) echo_origin: bool,
-    pub(super) echo_method: bool,
-    pub(super) headers: EchoHeaders,
-    pub(super) private_network: bool,
+    echo_origin: bool,
+    echo_method: bool,
+    headers: EchoHeaders,
+    private_network: bool,
 }
 
+/// Status and spelling.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Kind {
+    /// Status line, up to the date.
+    start: &'static [u8],
+    names: &'static Names,
+    lower: bool,
+}
+
+/// 204 (RFC 9110 §15.3.5: neither Content-Length nor Content-Type).
+static NO_CONTENT: Kind =
+    Kind { start: b"HTTP/1.1 204 No Content\r\nDate: ", names: &CANONICAL, lower: false };
+static FORBIDDEN: Kind = Kind { start: b"HTTP/1.1 403 Forbidden\r\nDate: ", names: &CANONICAL, lower: false };
+/// As Envoy's local replies look on HTTP/1.
+static ENVOY_OK: Kind = Kind { start: b"HTTP/1.1 200 OK\r\ndate: ", names: &LOWER, lower: true };
+
 /// Field names in the two spellings that proxies use.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 struct Names {
     keep_alive: &'static [u8],
     close: &'static [u8],
@@ -213,19 +227,19 @@ static LOWER: Names = Names {
 const VARY: &str = "Origin, Access-Control-Request-Method, Access-Control-Request-Headers";
 
 impl Template {
-    /// 204 (RFC 9110 §15.3.5: neither Content-Length nor Content-Type).
+    /// 204.
     pub(super) fn no_content() -> Builder {
-        Builder::new(b"HTTP/1.1 204 No Content\r\nDate: ", &CANONICAL)
+        Builder::new(&NO_CONTENT)
     }
 
     /// 403 without a body.
     pub(super) fn forbidden() -> Builder {
-        Builder::new(b"HTTP/1.1 403 Forbidden\r\nDate: ", &CANONICAL).line("Content-Length", "0")
+        Builder::new(&FORBIDDEN).line("Content-Length", "0")
     }
 
-    /// 200 as Envoy's local replies look on HTTP/1.
+    /// Envoy's 200.
     pub(super) fn envoy_ok() -> Builder {
-        Builder::new(b"HTTP/1.1 200 OK\r\ndate: ", &LOWER).line("server", "envoy").line("content-length", "0")
+        Builder::new(&ENVOY_OK).line("server", "envoy").line("content-length", "0")
     }
 }
 
@@ -237,24 +251,21 @@ pub(super) struct Builder {
 }
 
 impl Builder {
-    fn new(start: &'static [u8], names: &'static Names) -> Self {
-        Self {
-            template: Template {
-                start,
-                names,
-                fixed: Box::default(),
-                echo_origin: false,
-                echo_method: false,
-                headers: EchoHeaders::Never,
-                private_network: false,
-            },
-            fixed: Vec::new(),
-        }
+    fn new(kind: &'static Kind) -> Self {
+        let template = Template {
+            kind,
+            fixed: Box::default(),
+            echo_origin: false,
+            echo_method: false,
+            headers: EchoHeaders::Never,
+            private_network: false,
+        };
+        Self { template, fixed: Vec::new() }
     }
 
     /// A static line; the name is written in the template's own spelling.
     pub(super) fn line(mut self, name: &str, value: &str) -> Self {
-        if std::ptr::eq(self.template.names, &raw const LOWER) {
+        if self.template.kind.lower {
             self.fixed.extend(name.bytes().map(|b| b.to_ascii_lowercase()));
         } else {
             self.fixed.extend_from_slice(name.as_bytes());

@@ -12,7 +12,7 @@ use std::sync::{Arc, LazyLock};
 const MAX_METHOD: usize = 64;
 
 /// Validated rules, whatever dialect they were written in.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct Core {
     /// Set if every request passes, whoever asks.
     pub(super) gate: Option<PassReason>,
@@ -26,16 +26,39 @@ pub(super) struct Core {
 }
 
 /// Which methods are allowed.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) enum Methods {
     /// The answer lists them, and the browser judges.
     Unchecked,
     /// These, beside GET, HEAD and POST (Fetch §4.9 never refuses those).
-    Listed(Strings),
+    Listed {
+        /// Bits of [`USUAL`] methods.
+        usual: u8,
+        /// Any others.
+        others: Option<Box<Strings>>,
+    },
+}
+
+/// The methods that nearly all lists consist of.
+const USUAL: [&[u8]; 7] = [b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"PATCH", b"OPTIONS"];
+/// GET, HEAD and POST among them.
+const SAFE: u8 = 0b111;
+
+impl Methods {
+    /// These, beside GET, HEAD and POST.
+    pub(super) fn listed<T: AsRef<[u8]>>(list: &[T]) -> Self {
+        let usual = list.iter().fold(SAFE, |bits, method| bits | usual_bit(method.as_ref()));
+        let others: Vec<&[u8]> = list.iter().map(AsRef::as_ref).filter(|m| usual_bit(m) == 0).collect();
+        Methods::Listed { usual, others: (!others.is_empty()).then(|| Box::new(Strings::new(others))) }
+    }
+}
+
+fn usual_bit(method: &[u8]) -> u8 {
+    USUAL.iter().position(|usual| *usual == method).map_or(0, |i| 1 << i)
 }
 
 /// Which request headers are allowed.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) enum RequestHeaders {
     /// The answer lists them, and the browser judges.
     Unchecked,
@@ -102,9 +125,11 @@ impl Core {
             Methods::Unchecked => {
                 trace.step(|| format!("method: {} is left to the browser", request.method.escape_ascii()));
             }
-            Methods::Listed(listed) => {
-                let safe = matches!(request.method, b"GET" | b"HEAD" | b"POST");
-                let allowed = safe || listed.contains(request.method);
+            Methods::Listed { usual, others } => {
+                let bit = usual_bit(request.method);
+                let safe = bit & SAFE != 0;
+                let allowed =
+                    usual & bit != 0 || others.as_ref().is_some_and(|others| others.contains(request.method));
                 trace.step(|| {
                     let method = request.method.escape_ascii();
                     match (safe, allowed) {
@@ -168,19 +193,15 @@ fn finish<'a>(
     route: RouteId,
     trace: &mut impl Trace,
 ) -> Decision<'a> {
-    match Answer::new(outcome, route, template, request) {
-        Some(answer) => {
-            trace.step(|| match outcome {
-                Outcome::Allowed => "answered: allowed".to_owned(),
-                Outcome::Denied(_) => "answered: denied, the browser will refuse".to_owned(),
-            });
-            Decision::Answer(answer)
-        }
-        None => {
-            trace.step(|| {
-                "passed: the requested headers cannot be echoed (not a list of names, or too long)".to_owned()
-            });
-            Decision::Pass(PassReason::UnusableRequestHeaders, route)
-        }
-    }
+    let Some(answer) = Answer::new(outcome, route, template, request) else {
+        trace.step(|| {
+            "passed: the requested headers cannot be echoed (not a list of names, or too long)".to_owned()
+        });
+        return Decision::Pass(PassReason::UnusableRequestHeaders, route);
+    };
+    trace.step(|| match outcome {
+        Outcome::Allowed => "answered: allowed".to_owned(),
+        Outcome::Denied(_) => "answered: denied, the browser will refuse".to_owned(),
+    });
+    Decision::Answer(answer)
 }

@@ -4,7 +4,10 @@ use super::spec::ListenerSpec;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Room for a lower-cased host (RFC 1035: at most 253 bytes).
-pub(super) type Buffer = [u8; 255];
+pub(super) type Buffer = [u8; 257];
+
+/// Bytes that are judged at once.
+const CHUNK: usize = 32;
 
 /// A well-formed host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,20 +92,6 @@ pub(super) fn parse_port(digits: &[u8]) -> Option<u16> {
     u16::try_from(port).ok()
 }
 
-/// What each byte becomes; 0: not part of a host name.
-const LOWER: [u8; 256] = {
-    let mut table = [0; 256];
-    let mut b = 0;
-    while b < 256 {
-        let c = b as u8;
-        if c.is_ascii_alphanumeric() || c == b'-' || c == b'_' || c == b'.' {
-            table[b] = c.to_ascii_lowercase();
-        }
-        b += 1;
-    }
-    table
-};
-
 /// Lower-cases a host without port; `None` if it is no plain host.
 pub(super) fn parse_name<'b>(name: &[u8], buffer: &'b mut Buffer) -> Option<Host<'b>> {
     if name.is_empty() || name.len() > 253 {
@@ -117,30 +106,40 @@ pub(super) fn parse_name<'b>(name: &[u8], buffer: &'b mut Buffer) -> Option<Host
         let address: Ipv6Addr = text.parse().ok()?;
         return Some(Host { name: lower, literal: Some(Literal { loopback: address.is_loopback() }) });
     }
-    // An empty label is seen as a dot after a dot, at the start or at the end.
-    let mut previous = b'.';
-    let mut label = 0;
-    for (i, (&b, out)) in name.iter().zip(buffer.iter_mut()).enumerate() {
-        let c = LOWER[usize::from(b)];
-        if c == 0 || (c == b'.' && previous == b'.') {
-            return None;
+    // A dot stands before the name, so that an empty label is always two dots in a row; letters stand behind it up to
+    // a whole chunk: loops over whole chunks vectorise, early exits and odd ends do not.
+    let padded = name.len().next_multiple_of(CHUNK);
+    buffer[0] = b'.';
+    buffer[1..=name.len()].copy_from_slice(name);
+    buffer[1 + name.len()..=padded].fill(b'a');
+    let mut strange = 0;
+    for chunk in buffer[1..=padded].as_chunks_mut::<CHUNK>().0 {
+        for b in chunk {
+            *b = b.to_ascii_lowercase();
+            strange |= u8::from(!is_name_byte(*b));
         }
-        if c == b'.' {
-            label = i + 1;
-        }
-        *out = c;
-        previous = c;
     }
-    if previous == b'.' {
+    let (before, here) = (buffer[..padded].as_chunks::<CHUNK>().0, buffer[1..=padded].as_chunks::<CHUNK>().0);
+    for (before, here) in before.iter().zip(here) {
+        for i in 0..CHUNK {
+            strange |= u8::from(before[i] == b'.') & u8::from(here[i] == b'.');
+        }
+    }
+    let lower: &'b [u8] = &buffer[1..=name.len()];
+    if strange != 0 || lower.ends_with(b".") {
         return None;
     }
-    let lower = &buffer[..name.len()];
+    let label = lower.iter().rposition(|&b| b == b'.').map_or(0, |dot| dot + 1);
     if !ends_in_number(&lower[label..]) {
         return Some(Host { name: lower, literal: None });
     }
     // URL parsers read such a host as an IPv4 address (WHATWG URL §3.5); only the plain form is unambiguous.
     let address: Ipv4Addr = std::str::from_utf8(lower).ok()?.parse().ok()?;
     Some(Host { name: lower, literal: Some(Literal { loopback: address.is_loopback() }) })
+}
+
+fn is_name_byte(b: u8) -> bool {
+    matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.')
 }
 
 /// Whether URL parsers take a host with this last label for an IPv4 address: decimal digits, or hexadecimal after `0x`.
@@ -209,11 +208,11 @@ mod tests {
             ("[]", None),
             ("[", None),
         ] {
-            let mut buffer = [0; 255];
+            let mut buffer = [0; 257];
             let host = own(&[]).parse(value.as_bytes(), &mut buffer);
             assert_eq!(host.map(|h| h.name), expected.map(str::as_bytes), "{value}");
         }
-        let mut buffer = [0; 255];
+        let mut buffer = [0; 257];
         assert!(own(&[]).parse(&[b'a'; 253], &mut buffer).is_some());
         assert!(own(&[]).parse(&[b'a'; 254], &mut buffer).is_none());
     }
@@ -221,7 +220,7 @@ mod tests {
     #[test]
     fn public_ports_and_own_literals() {
         let own = own(&[443, 80]);
-        let mut buffer = [0; 255];
+        let mut buffer = [0; 257];
         assert!(own.parse(b"example.com", &mut buffer).is_some());
         assert!(own.parse(b"example.com:443", &mut buffer).is_some());
         assert!(own.parse(b"example.com:8443", &mut buffer).is_none());

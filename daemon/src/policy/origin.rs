@@ -2,8 +2,7 @@
 
 use super::host::{ends_in_number, parse_port};
 use super::regex::Regexes;
-use super::strings::{Lengths, Strings, hash};
-use hashbrown::HashTable;
+use super::strings::{Index, Lengths, Strings, hash};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Longer origins are not judged. A serialised origin has at most 64 + 3 + 253 + 6 bytes.
@@ -16,14 +15,14 @@ const MAX_HOST: usize = 253;
 const MAX_WILDCARD_TAIL: usize = 251;
 
 /// The origins that a policy allows.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) enum Origins {
     /// All of them.
     All,
     /// By scheme, host and port.
     Web(Web),
     /// ingress-nginx: without regard to case, `*.` is one label.
-    OneLabel(OneLabel),
+    OneLabel(Box<OneLabel>),
     /// Envoy's string matchers.
     Matchers(Box<Matchers>),
 }
@@ -59,13 +58,20 @@ impl Origins {
 /// Whether an `Origin` value may be judged, and echoed: visible ASCII, not too long.
 #[inline]
 pub(super) fn is_plain(origin: &[u8]) -> bool {
-    // No early exit: the loop vectorises, and a good origin is the common case.
-    let strange = origin.iter().fold(false, |strange, &b| strange | !matches!(b, b'!'..=b'~'));
-    !strange && !origin.is_empty() && origin.len() <= MAX_ORIGIN
+    // No early exit: whole chunks vectorise, and a good origin is the common case.
+    let strange = |bytes: &[u8]| bytes.iter().fold(0, |strange, b| strange | u8::from(!b.is_ascii_graphic()));
+    let strange = match origin.last_chunk::<16>() {
+        // The last chunk overlaps the one before it.
+        Some(last) => {
+            origin.as_chunks::<16>().0.iter().fold(strange(last), |all, chunk| all | strange(chunk))
+        }
+        None => strange(origin),
+    };
+    strange == 0 && !origin.is_empty() && origin.len() <= MAX_ORIGIN
 }
 
 /// A pattern's port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Port {
     /// None: the scheme's default.
     Default,
@@ -290,19 +296,9 @@ fn parse_serialised(origin: &[u8]) -> Option<Serialised<'_>> {
         std::str::from_utf8(&rest[1..end - 1]).ok()?.parse::<Ipv6Addr>().ok()?;
         end
     } else {
-        let mut previous = b'.';
-        let mut end = rest.len();
-        for (i, &b) in rest.iter().enumerate() {
-            match b {
-                b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' => {}
-                b'.' if previous != b'.' => {}
-                b':' => {
-                    end = i;
-                    break;
-                }
-                _ => return None,
-            }
-            previous = b;
+        let end = memchr::memchr(b':', rest).unwrap_or(rest.len());
+        if !is_host(&rest[..end]) {
+            return None;
         }
         end
     };
@@ -321,12 +317,31 @@ fn parse_serialised(origin: &[u8]) -> Option<Serialised<'_>> {
     Some(Serialised { scheme, host, port })
 }
 
+/// Labels of lower-case letters, digits, `-` and `_`, none of them empty but maybe the last.
+fn is_host(host: &[u8]) -> bool {
+    let mut label = 0;
+    for (i, &b) in host.iter().enumerate() {
+        match b {
+            b'.' if i == label => return false,
+            b'.' => label = i + 1,
+            _ if is_label_byte(b) => {}
+            _ => return false,
+        }
+    }
+    !host.is_empty()
+}
+
+fn is_label_byte(b: u8) -> bool {
+    matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_')
+}
+
 /// Origins by scheme, host and port (native and gateway-api).
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Web {
     /// Byte-equal to the serialised origin.
     exact: Strings,
-    tails: Tails,
+    /// Patterns that are more than one origin.
+    tails: Option<Box<Tails>>,
     /// `https://a:443` in a request is `https://a` (gateway-api); natively it is no serialised origin.
     default_port_is_none: bool,
 }
@@ -343,14 +358,14 @@ impl Web {
             };
             match (pattern.matching, port) {
                 (HostMatch::Exact, Port::Default) => {
-                    exact.push(format!("{}://{}", pattern.scheme, pattern.host))
+                    exact.push(format!("{}://{}", pattern.scheme, pattern.host));
                 }
                 (HostMatch::Exact, Port::Number(n)) => {
                     exact.push(format!("{}://{}:{n}", pattern.scheme, pattern.host));
                 }
                 (matching, port) => tails.push(Tail {
                     scheme: pattern.scheme.as_bytes().into(),
-                    tail: match matching {
+                    end: match matching {
                         HostMatch::Exact => pattern.host.as_bytes().into(),
                         HostMatch::Below => format!(".{}", pattern.host).into_bytes().into(),
                         HostMatch::Every => Box::default(),
@@ -359,13 +374,17 @@ impl Web {
                 }),
             }
         }
-        Self { exact: Strings::new(exact), tails: Tails::new(tails), default_port_is_none }
+        let tails = (!tails.is_empty()).then(|| Box::new(Tails::new(tails)));
+        Self { exact: Strings::new(exact), tails, default_port_is_none }
     }
 
     fn allow(&self, origin: &[u8]) -> bool {
         let origin = if self.default_port_is_none { strip_default_port(origin) } else { origin };
         self.exact.contains(origin)
-            || (!self.tails.list.is_empty() && parse_serialised(origin).is_some_and(|o| self.tails.allow(&o)))
+            || self
+                .tails
+                .as_ref()
+                .is_some_and(|tails| parse_serialised(origin).is_some_and(|o| tails.allow(&o)))
     }
 }
 
@@ -378,41 +397,48 @@ fn strip_default_port(origin: &[u8]) -> &[u8] {
     origin.strip_suffix(suffix).unwrap_or(origin)
 }
 
-/// `tail` is what the host ends with: `.example.com`, or nothing; or the whole host.
-#[derive(Debug, PartialEq, Eq)]
+/// `end` is what the host ends with: `.example.com`, or nothing; or the whole host.
+#[derive(Debug, PartialEq, Eq, Hash)]
 struct Tail {
     scheme: Box<[u8]>,
-    tail: Box<[u8]>,
+    end: Box<[u8]>,
     port: Port,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 struct Tails {
     list: Box<[Tail]>,
     lengths: Lengths,
-    index: Option<HashTable<u32>>,
+    /// By tail; empty where there are few.
+    index: Index,
 }
 
 impl Tails {
+    /// Up to this many are compared one by one.
+    const LINEAR: usize = 4;
+
     fn new(list: Vec<Tail>) -> Self {
-        let lengths = Lengths::of(list.iter().map(|t| &*t.tail));
-        let index = (list.len() > 4).then(|| {
-            let mut index = HashTable::with_capacity(list.len());
-            for (i, tail) in list.iter().enumerate() {
-                index.insert_unique(hash(0, &tail.tail), i as u32, |&j| hash(0, &list[j as usize].tail));
-            }
-            index
-        });
+        let lengths = Lengths::of(list.iter().map(|t| &*t.end));
+        let index = if list.len() > Self::LINEAR {
+            let hashed: Vec<(u64, u32)> =
+                list.iter().enumerate().map(|(i, tail)| (hash(0, &tail.end), i as u32)).collect();
+            Index::new(&hashed)
+        } else {
+            Index::default()
+        };
         Self { list: list.into(), lengths, index }
     }
 
     fn allow(&self, origin: &Serialised<'_>) -> bool {
-        let Some(index) = &self.index else {
+        if self.list.len() <= Self::LINEAR {
             return self.list.iter().any(|t| t.covers(origin, t.matched_part(origin.host)));
-        };
+        }
         let look = |part: &[u8]| {
             self.lengths.has(part.len())
-                && index.find(hash(0, part), |&i| self.list[i as usize].covers(origin, Some(part))).is_some()
+                && self
+                    .index
+                    .find(hash(0, part), |i| self.list[i as usize].covers(origin, Some(part)))
+                    .is_some()
         };
         look(origin.host)
             || memchr::memchr_iter(b'.', origin.host).any(|dot| dot > 0 && look(&origin.host[dot..]))
@@ -423,15 +449,15 @@ impl Tails {
 impl Tail {
     /// The part of `host` that must equal the tail.
     fn matched_part<'h>(&self, host: &'h [u8]) -> Option<&'h [u8]> {
-        match self.tail.first() {
+        match self.end.first() {
             None => Some(b""),
-            Some(b'.') => (host.len() > self.tail.len()).then(|| &host[host.len() - self.tail.len()..]),
+            Some(b'.') => (host.len() > self.end.len()).then(|| &host[host.len() - self.end.len()..]),
             Some(_) => Some(host),
         }
     }
 
     fn covers(&self, origin: &Serialised<'_>, part: Option<&[u8]>) -> bool {
-        part == Some(&*self.tail)
+        part == Some(&*self.end)
             && *self.scheme == *origin.scheme
             && match self.port {
                 Port::Any => true,
@@ -443,7 +469,7 @@ impl Tail {
 
 /// ingress-nginx: compared without regard to ASCII case; `scheme://*.rest` has exactly one label of letters, digits and
 /// hyphens for the star, `rest` (with its port) is literal.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct OneLabel {
     exact: Strings,
     /// `scheme://` and `.rest` joined.
@@ -502,7 +528,7 @@ pub(super) enum Matcher<'a> {
 }
 
 /// Envoy's string matchers, in two sets: case-sensitive and not.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct Matchers {
     exact_case: Literals,
     any_case: Option<Literals>,
@@ -544,14 +570,14 @@ impl Matchers {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
 struct Literals {
     exact: Strings,
     prefixes: Strings,
     prefix_lengths: Lengths,
     suffixes: Strings,
     suffix_lengths: Lengths,
-    contained: Box<[memchr::memmem::Finder<'static>]>,
+    contained: Box<[Box<[u8]>]>,
 }
 
 impl Literals {
@@ -562,7 +588,7 @@ impl Literals {
                 Matcher::Exact(s) => exact.push(s),
                 Matcher::Prefix(s) => prefixes.push(s),
                 Matcher::Suffix(s) => suffixes.push(s),
-                Matcher::Contains(s) => contained.push(memchr::memmem::Finder::new(s).into_owned()),
+                Matcher::Contains(s) => contained.push(s.as_bytes().into()),
                 Matcher::Regex(_) => {}
             }
         }
@@ -573,7 +599,7 @@ impl Literals {
         exact: &[T],
         prefixes: &[T],
         suffixes: &[T],
-        contained: Vec<memchr::memmem::Finder<'static>>,
+        contained: Vec<Box<[u8]>>,
     ) -> Self {
         Self {
             exact: Strings::new(exact),
@@ -587,11 +613,7 @@ impl Literals {
 
     fn lower(&self) -> Self {
         let all = |set: &Strings| set.iter().map(<[u8]>::to_ascii_lowercase).collect::<Vec<_>>();
-        let contained = self
-            .contained
-            .iter()
-            .map(|f| memchr::memmem::Finder::new(&f.needle().to_ascii_lowercase()).into_owned())
-            .collect();
+        let contained = self.contained.iter().map(|needle| needle.to_ascii_lowercase().into()).collect();
         Self::from_parts(&all(&self.exact), &all(&self.prefixes), &all(&self.suffixes), contained)
     }
 
@@ -609,6 +631,274 @@ impl Literals {
                 && (1..=n).any(|l| self.prefix_lengths.has(l) && self.prefixes.contains(&origin[..l])))
             || (!self.suffixes.is_empty()
                 && (1..=n).any(|l| self.suffix_lengths.has(l) && self.suffixes.contains(&origin[n - l..])))
-            || self.contained.iter().any(|needle| needle.find(origin).is_some())
+            || self.contained.iter().any(|needle| memchr::memmem::find(origin, needle).is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn native(pattern: &str) -> Origins {
+        let pattern = parse_pattern(pattern).unwrap_or_else(|e| panic!("{pattern}: {e:?}"));
+        Origins::Web(Web::new(&[pattern], &[], false))
+    }
+
+    #[test]
+    fn native_matches() {
+        for (pattern, origin, expected) in [
+            ("https://example.com", "https://example.com", true),
+            ("https://example.com", "https://example.com:443", false),
+            ("https://example.com", "https://example.com/", false),
+            ("https://example.com", "HTTPS://example.com", false),
+            ("https://example.com", "https://Example.com", false),
+            ("https://example.com", "https://example.com.", false),
+            ("https://example.com", "http://example.com", false),
+            ("https://example.com", "https://example.com:8443", false),
+            ("https://example.com:8443", "https://example.com:8443", true),
+            ("https://*.example.com", "https://a.example.com", true),
+            ("https://*.example.com", "https://a.b.example.com", true),
+            ("https://*.example.com", "https://example.com", false),
+            ("https://*.example.com", "https://.example.com", false),
+            ("https://*.example.com", "https://a..example.com", false),
+            ("https://*.example.com", "https://aexample.com", false),
+            ("https://*.example.com", "https://a.example.com.evil", false),
+            ("https://*.example.com", "https://evil.com/.example.com", false),
+            ("https://*.example.com", "https://evil.com?.example.com", false),
+            ("https://*.example.com", "https://evil@a.example.com", false),
+            ("https://*.example.com", "https://a.example.com:8443", false),
+            ("https://*.example.com", "https://A.example.com", false),
+            ("https://*.example.com:8443", "https://a.example.com:8443", true),
+            ("https://*.example.com:8443", "https://a.example.com", false),
+            ("https://*.example.com:*", "https://a.example.com", true),
+            ("https://*.example.com:*", "https://a.example.com:1", true),
+            ("https://*.example.com:*", "https://a.example.com:443", false),
+            ("https://*.example.com:*", "https://a.example.com:0", false),
+            ("https://*.example.com:*", "https://a.example.com:", false),
+            ("https://*.example.com:*", "https://a.example.com:08443", false),
+            ("https://*.example.com:*", "https://a.example.com:65536", false),
+            ("http://localhost:*", "http://localhost:3000", true),
+            ("http://localhost:*", "http://localhost", true),
+            ("http://localhost:*", "http://a.localhost:3000", false),
+            ("http://[::1]:*", "http://[::1]:3000", true),
+            ("http://[::1]:*", "http://[::2]:3000", false),
+            ("http://[::1]:*", "http://[::1:3000", false),
+            ("https://*.example.com", "null", false),
+        ] {
+            assert_eq!(native(pattern).allow(origin.as_bytes()), expected, "{pattern} on {origin}");
+            // The same beside many others, where patterns are found by hash.
+            let others: Vec<String> = (0..20).map(|i| format!("https://*.other{i}.example:*")).collect();
+            let mut patterns: Vec<Pattern<'_>> =
+                others.iter().filter_map(|o| parse_pattern(o).ok()).collect();
+            patterns.push(parse_pattern(pattern).expect("parsed above"));
+            let many = Origins::Web(Web::new(&patterns, &[], false));
+            assert_eq!(many.allow(origin.as_bytes()), expected, "{pattern} among many on {origin}");
+        }
+    }
+
+    #[test]
+    fn plain_is_visible_ascii_and_short() {
+        for (origin, expected) in [
+            (b"https://a".to_vec(), true),
+            (vec![b'a'; MAX_ORIGIN], true),
+            (vec![b'a'; MAX_ORIGIN + 1], false),
+            (b"".to_vec(), false),
+            (b"https://a b".to_vec(), false),
+            (b"https://a\x7f".to_vec(), false),
+            (b"https://\xc3\xa9".to_vec(), false),
+            (b"0123456789abcdef\n".to_vec(), false),
+            (b"\n0123456789abcdef".to_vec(), false),
+            (b"0123456789abcdef0123456789abcde\t".to_vec(), false),
+        ] {
+            assert_eq!(is_plain(&origin), expected, "{}", origin.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn what_protects_nobody() {
+        for (pattern, loopback, suffix) in [
+            ("http://localhost:*", true, false),
+            ("http://127.0.0.1", true, false),
+            ("http://127.127.127.127:90", true, false),
+            ("http://[::1]:90", true, false),
+            ("http://*.localhost", true, false),
+            ("http://169.254.169.254", false, false),
+            ("http://example.com", false, false),
+            ("https://*.com", false, true),
+            ("https://*.co.uk", false, true),
+            ("https://*.github.io", false, true),
+            ("https://*.com.", false, true),
+            ("https://*.example.com", false, false),
+            ("https://com", false, false),
+        ] {
+            let pattern = parse_pattern(pattern).expect(pattern);
+            assert_eq!(
+                (pattern.is_loopback(), pattern.is_over_public_suffix()),
+                (loopback, suffix),
+                "{pattern:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn envoy_matchers() {
+        use Matcher::{Contains, Exact, Prefix, Regex, Suffix};
+        for (matcher, ignore_case, yes, no) in [
+            (Exact("https://a"), false, &["https://a"][..], &["https://A", "https://a:1", "xhttps://a"][..]),
+            (Exact("https://A"), true, &["https://a", "HTTPS://A"], &["https://b"]),
+            (Prefix("https://a"), false, &["https://a", "https://a.evil"], &["http://a", "https://A"]),
+            (Prefix("HTTPS://a"), true, &["https://A.x"], &["http://a"]),
+            (Suffix(".a.example"), false, &["https://x.a.example", ".a.example"], &["https://a.example"]),
+            (Suffix(".A.example"), true, &["https://x.a.EXAMPLE"], &["https://x.a.example:1"]),
+            (Contains("a.ex"), false, &["https://a.example"], &["https://A.example"]),
+            (Contains("A.ex"), true, &["https://a.EXample"], &["https://b.example"]),
+            (Regex("https://[a-c]"), false, &["https://a"], &["https://d", "https://aa", "HTTPS://a"]),
+        ] {
+            let matchers = Matchers::new(&[(matcher, ignore_case)]).expect("compiles");
+            for origin in yes {
+                assert!(matchers.allow(origin.as_bytes()), "{matcher:?} {ignore_case} on {origin}");
+            }
+            for origin in no {
+                assert!(!matchers.allow(origin.as_bytes()), "{matcher:?} {ignore_case} on {origin}");
+            }
+        }
+        assert_eq!(
+            Matchers::new(&[(Exact("a"), false), (Regex("("), false)]).map_err(|e| e.0).err(),
+            Some(1)
+        );
+    }
+
+    /// Scheme, labels and port of an origin or pattern, by nothing but splits.
+    fn parts(text: &str) -> Option<(&str, Vec<&str>, Option<&str>)> {
+        let (scheme, rest) = text.split_once("://")?;
+        let (host, port) = rest.split_once(':').map_or((rest, None), |(h, p)| (h, Some(p)));
+        Some((scheme, host.split('.').collect(), port))
+    }
+
+    /// One pattern on one origin, label by label.
+    fn reference(pattern: &str, origin: &str, default_port_is_none: bool) -> bool {
+        let Some((scheme, want, want_port)) = parts(pattern) else { return false };
+        let Some((origin_scheme, labels, port)) = parts(origin) else { return false };
+        let default = if scheme == "https" { "443" } else { "80" };
+        let number = |p: &str| p.parse::<u16>().is_ok_and(|n| n > 0 && n.to_string() == p);
+        if !port.is_none_or(number) {
+            return false;
+        }
+        let (want_port, port) = if default_port_is_none {
+            (want_port.filter(|p| *p != default), port.filter(|p| *p != default))
+        } else if port == Some(default) {
+            return false;
+        } else {
+            (want_port, port)
+        };
+        let port_fits = want_port == Some("*") || want_port == port;
+        let good_label =
+            |l: &&str| !l.is_empty() && l.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let host_fits = if want == ["*"] {
+            // A browser keeps a dot at the end of a host.
+            let named = labels
+                .split_last()
+                .map_or(&labels[..], |(l, rest)| if l.is_empty() { rest } else { &labels });
+            !named.is_empty() && named.iter().all(good_label)
+        } else if want[0] == "*" {
+            labels.len() >= want.len() && labels.ends_with(&want[1..]) && labels.iter().all(good_label)
+        } else {
+            labels == want
+        };
+        scheme == origin_scheme && port_fits && host_fits
+    }
+
+    /// Few letters, so that patterns and origins often meet, and what attackers put around them.
+    const ORIGIN: &str =
+        "(https|http|https|HTTPS)://[ab.A]?([ab]\\.){0,3}[ab]{1,2}[.]?(:(443|80|81|0|081|))?[/]?";
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3000))]
+
+        #[test]
+        fn native_is_as_the_reference(
+            patterns in prop::collection::vec("(https?)://(\\*\\.)?([ab]\\.){0,2}[ab]{1,2}(:(81|82|\\*))?", 1..12),
+            origin in ORIGIN,
+        ) {
+            let parsed: Vec<Pattern<'_>> = patterns.iter().map(|p| parse_pattern(p).expect(p)).collect();
+            let expected = patterns.iter().any(|p| reference(p, &origin, false));
+            prop_assert_eq!(Web::new(&parsed, &[], false).allow(origin.as_bytes()), expected);
+        }
+
+        #[test]
+        fn gateway_api_is_as_the_reference(
+            patterns in prop::collection::vec("(https?)://(\\*|(\\*\\.)?([ab]\\.){0,2}[ab]{1,2})(:(80|81|443))?", 1..12),
+            origin in ORIGIN,
+        ) {
+            let parsed: Vec<Pattern<'_>> = patterns
+                .iter()
+                .map(|p| {
+                    let (scheme, host) = p.split_once("://").expect("generated");
+                    let (host, port) = host.split_once(':').map_or((host, None), |(h, p)| (h, Some(p)));
+                    let (matching, host) = match host.strip_prefix("*.") {
+                        Some(tail) => (HostMatch::Below, tail),
+                        None if host == "*" => (HostMatch::Every, ""),
+                        None => (HostMatch::Exact, host),
+                    };
+                    let port = port.map_or(Port::Default, |p| Port::Number(p.parse().expect("generated")));
+                    Pattern { scheme, matching, host, port }
+                })
+                .collect();
+            let expected = patterns.iter().any(|p| reference(p, &origin, true));
+            prop_assert_eq!(Web::new(&parsed, &[], true).allow(origin.as_bytes()), expected);
+        }
+
+        #[test]
+        fn ingress_nginx_is_as_the_reference(
+            entries in prop::collection::vec("(null|(https?|app)://(\\*\\.)?([ab]\\.){0,2}[abA]{1,2}(:(80|81))?)", 1..8),
+            origin in "(null|NULL|(https|http|app|HTTPS)://[ab.-_]{0,2}\\.?([ab]\\.){0,2}[abA]{1,2}(:(80|81))?[/]?)",
+        ) {
+            let lower = origin.to_lowercase();
+            let expected = entries.iter().map(|e| e.to_lowercase()).any(|entry| match entry.split_once('*') {
+                None => entry == lower,
+                Some((before, after)) => lower
+                    .strip_prefix(before)
+                    .and_then(|rest| rest.strip_suffix(after))
+                    .is_some_and(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')),
+            });
+            let refs: Vec<&str> = entries.iter().map(String::as_str).collect();
+            prop_assert_eq!(OneLabel::new(&refs).allow(origin.as_bytes()), expected);
+        }
+
+        #[test]
+        fn envoy_is_as_the_reference(
+            matchers in prop::collection::vec((0..4_usize, "[abA]{1,4}", any::<bool>()), 1..14),
+            origin in "[abAB]{0,6}",
+        ) {
+            let list: Vec<(Matcher<'_>, bool)> = matchers
+                .iter()
+                .map(|(kind, text, ignore)| {
+                    let make = [Matcher::Exact, Matcher::Prefix, Matcher::Suffix, Matcher::Contains][*kind];
+                    (make(text), *ignore)
+                })
+                .collect();
+            let expected = matchers.iter().any(|(kind, text, ignore)| {
+                let fold = |s: &str| if *ignore { s.to_lowercase() } else { s.to_owned() };
+                let (text, origin) = (fold(text), fold(&origin));
+                match kind {
+                    0 => origin == text,
+                    1 => origin.starts_with(&text),
+                    2 => origin.ends_with(&text),
+                    _ => origin.contains(&text),
+                }
+            });
+            prop_assert_eq!(Matchers::new(&list).expect("no regex").allow(origin.as_bytes()), expected);
+        }
+
+        #[test]
+        fn nothing_panics(pattern in "\\PC{0,40}", origin in prop::collection::vec(any::<u8>(), 0..400)) {
+            if let Ok(pattern) = parse_pattern(&pattern) {
+                Web::new(&[pattern], &[], true).allow(&origin);
+            }
+            OneLabel::new(&[&pattern]).allow(&origin);
+            let _ = parse_serialised(&origin);
+            is_plain(&origin);
+        }
     }
 }

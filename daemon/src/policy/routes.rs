@@ -5,11 +5,10 @@ use super::RouteId;
 use super::host::Host;
 use super::regex::Regexes;
 use super::spec::PathMatch;
-use super::strings::{Lengths, Strings, hash};
-use hashbrown::HashTable;
+use super::strings::{Index, Lengths, Strings, hash};
 
 /// Up to this many routes of a host are compared one by one, in order of precedence.
-const LINEAR: usize = 12;
+const LINEAR: usize = 4;
 
 /// Stands for "several policies" in [`Target::policy`].
 pub(super) const CONFLICT: u32 = u32::MAX;
@@ -48,7 +47,7 @@ pub(super) struct Hosts {
     paths: Box<[u8]>,
     prefix_lengths: Box<[u32]>,
     /// Routes of the hosts that have many of them.
-    index: HashTable<u32>,
+    index: Index,
 }
 
 /// A host's slice of the routes.
@@ -58,6 +57,7 @@ struct Entry {
     count: u32,
     /// Slice of the distinct prefix lengths, descending; empty where routes are compared one by one.
     lengths: (u32, u32),
+    has_exact: bool,
     regexes: Option<Box<RegexRoutes>>,
 }
 
@@ -129,7 +129,8 @@ impl Hosts {
             let routes = &self.routes[host.first as usize..(host.first + host.count) as usize];
             routes.iter().find(|r| r.matches(self.path(r), path)).map(|r| r.target)
         } else {
-            self.look(entry, true, path).or_else(|| {
+            let exact = if host.has_exact { self.look(entry, true, path) } else { None };
+            exact.or_else(|| {
                 self.prefix_lengths[host.lengths.0 as usize..host.lengths.1 as usize].iter().find_map(
                     |&len| {
                         let prefix = path.get(..len as usize)?;
@@ -146,14 +147,14 @@ impl Hosts {
 
     fn look(&self, entry: u32, exact: bool, path: &[u8]) -> Option<Target> {
         self.index
-            .find(hash(salt(entry, exact), path), |&i| {
+            .find(hash(salt(entry, exact), path), |i| {
                 let route = &self.routes[i as usize];
                 let host = &self.entries[entry as usize];
                 route.exact == exact
                     && (host.first..host.first + host.count).contains(&i)
                     && self.path(route) == path
             })
-            .map(|&i| self.routes[i as usize].target)
+            .map(|i| self.routes[i as usize].target)
     }
 
     fn path(&self, route: &Route) -> &[u8] {
@@ -271,7 +272,7 @@ impl Builder {
             routes: self.routes.into(),
             paths: self.paths.into(),
             prefix_lengths: self.prefix_lengths.into(),
-            index: HashTable::new(),
+            index: Index::default(),
         };
         let hashed: Vec<(u64, u32)> = hosts
             .entries
@@ -286,12 +287,7 @@ impl Builder {
                 (hash(salt(number, route.exact), hosts.path(route)), i)
             })
             .collect();
-        // Enough room from the start: nothing is ever rehashed.
-        let mut index = HashTable::with_capacity(hashed.len());
-        for (hash, i) in hashed {
-            index.insert_unique(hash, i, |_| hash);
-        }
-        hosts.index = index;
+        hosts.index = Index::new(&hashed);
         hosts
     }
 
@@ -332,7 +328,8 @@ impl Builder {
         }
         let lengths = (from, self.prefix_lengths.len() as u32);
         let regexes = (!patterns.is_empty()).then(|| Box::new(regex_routes(patterns, troubles)));
-        self.entries.push(Entry { first, count, lengths, regexes });
+        let has_exact = self.routes[first as usize..].first().is_some_and(|r| r.exact);
+        self.entries.push(Entry { first, count, lengths, has_exact, regexes });
         self.entries.len() as u32 - 1
     }
 }

@@ -1,16 +1,20 @@
-//! Immutable sets of byte strings in one arena: few are compared one by one, many are hashed.
+//! Immutable sets of byte strings, laid out for few cache misses: strings lie one after the other behind their lengths,
+//! few are compared in turn, many are found by an open-addressed index with a piece of the hash in each slot.
 
 use ahash::RandomState;
-use hashbrown::HashTable;
 use std::sync::LazyLock;
 
 /// Up to this many strings are compared one by one: the length alone tells most of them apart.
-const LINEAR: usize = 8;
+const LINEAR: usize = 4;
+
+/// Bytes before each string: its length and its position.
+const HEADER: usize = 6;
 
 /// Keys are hashed with a seed of this process, so that nobody can prepare collisions.
 static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
 /// Hash of `key` together with a number that tells tables within a table apart.
+#[inline]
 pub(super) fn hash(salt: u64, key: &[u8]) -> u64 {
     use std::hash::{BuildHasher, Hasher};
     let mut hasher = HASHER.build_hasher();
@@ -19,72 +23,122 @@ pub(super) fn hash(salt: u64, key: &[u8]) -> u64 {
     hasher.finish()
 }
 
-/// Distinct byte strings, each known by its position.
-#[derive(Debug, Default)]
+/// Numbers by hash: open addressing, at most half full.
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Index {
+    /// A piece of the hash and the number; [`Index::FREE`] as number where there is none.
+    slots: Box<[(u32, u32)]>,
+}
+
+impl Index {
+    const FREE: u32 = u32::MAX;
+
+    /// Of `(hash, number)` pairs.
+    pub(super) fn new(items: &[(u64, u32)]) -> Self {
+        if items.is_empty() {
+            return Self::default();
+        }
+        let mut slots = vec![(0, Self::FREE); (items.len() * 2).next_power_of_two()];
+        let mask = slots.len() - 1;
+        for &(hash, number) in items {
+            let mut at = hash as usize & mask;
+            while slots[at].1 != Self::FREE {
+                at = (at + 1) & mask;
+            }
+            slots[at] = (Self::tag(hash), number);
+        }
+        Self { slots: slots.into() }
+    }
+
+    /// The first number under this hash that `is` it.
+    #[inline]
+    pub(super) fn find(&self, hash: u64, mut is: impl FnMut(u32) -> bool) -> Option<u32> {
+        let mask = self.slots.len().checked_sub(1)?;
+        let mut at = hash as usize & mask;
+        loop {
+            let (tag, number) = *self.slots.get(at)?;
+            if number == Self::FREE {
+                return None;
+            }
+            if tag == Self::tag(hash) && is(number) {
+                return Some(number);
+            }
+            at = (at + 1) & mask;
+        }
+    }
+
+    fn tag(hash: u64) -> u32 {
+        (hash >> 32) as u32
+    }
+}
+
+/// Byte strings, each known by its position. Ones longer than 65,535 bytes are left out: nothing so long is ever looked
+/// for.
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Strings {
-    bytes: Box<[u8]>,
-    ends: Box<[u32]>,
-    index: Option<HashTable<u32>>,
+    /// For each: length (u16), position (u32), bytes.
+    records: Box<[u8]>,
+    /// Offsets of records; empty where there are few.
+    index: Index,
+    count: u32,
 }
 
 impl Strings {
-    /// Keeps the order of `items`. Of equal items the first is the one that is found.
+    /// Of equal items the first is the one that is found.
     pub(super) fn new<T: AsRef<[u8]>>(items: impl IntoIterator<Item = T>) -> Self {
-        let (mut bytes, mut ends) = (Vec::new(), Vec::new());
-        for item in items {
-            bytes.extend_from_slice(item.as_ref());
-            ends.push(bytes.len() as u32);
-        }
-        let mut set = Self { bytes: bytes.into(), ends: ends.into(), index: None };
-        if set.len() > LINEAR {
-            let mut index = HashTable::with_capacity(set.len());
-            for i in 0..set.len() as u32 {
-                let key = set.get(i);
-                index.entry(hash(0, key), |&j| set.get(j) == key, |&j| hash(0, set.get(j))).or_insert(i);
+        let (mut records, mut offsets) = (Vec::new(), Vec::new());
+        let mut count = 0;
+        for (i, item) in items.into_iter().enumerate() {
+            let item = item.as_ref();
+            count = i as u32 + 1;
+            if let Ok(len) = u16::try_from(item.len()) {
+                offsets.push((hash(0, item), records.len() as u32));
+                records.extend_from_slice(&len.to_le_bytes());
+                records.extend_from_slice(&(i as u32).to_le_bytes());
+                records.extend_from_slice(item);
             }
-            set.index = Some(index);
         }
-        set
-    }
-
-    /// How many.
-    pub(super) fn len(&self) -> usize {
-        self.ends.len()
+        let index = if offsets.len() > LINEAR { Index::new(&offsets) } else { Index::default() };
+        Self { records: records.into(), index, count }
     }
 
     /// None at all.
     pub(super) fn is_empty(&self) -> bool {
-        self.ends.is_empty()
-    }
-
-    /// The string at a position.
-    pub(super) fn get(&self, i: u32) -> &[u8] {
-        let start = if i == 0 { 0 } else { self.ends[i as usize - 1] };
-        &self.bytes[start as usize..self.ends[i as usize] as usize]
+        self.count == 0
     }
 
     /// All, in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        (0..self.len() as u32).map(|i| self.get(i))
+        let mut offset = 0;
+        std::iter::from_fn(move || {
+            let (_, text) = self.record(offset)?;
+            offset += HEADER + text.len();
+            Some(text)
+        })
     }
 
     /// Position of `key`.
     #[inline]
     pub(super) fn find(&self, key: &[u8]) -> Option<u32> {
-        match &self.index {
-            Some(index) => index.find(hash(0, key), |&i| self.get(i) == key).copied(),
-            None => {
-                let mut start = 0;
-                for (i, &end) in self.ends.iter().enumerate() {
-                    if (end - start) as usize == key.len() && &self.bytes[start as usize..end as usize] == key
-                    {
-                        return Some(i as u32);
-                    }
-                    start = end;
+        if self.index.slots.is_empty() {
+            let mut offset = 0;
+            while let Some((position, text)) = self.record(offset) {
+                if text == key {
+                    return Some(position);
                 }
-                None
+                offset += HEADER + text.len();
             }
+            return None;
         }
+        let mut position = 0;
+        self.index.find(hash(0, key), |offset| match self.record(offset as usize) {
+            Some((at, text)) if text == key => {
+                position = at;
+                true
+            }
+            _ => false,
+        })?;
+        Some(position)
     }
 
     /// Whether `key` is one of them.
@@ -92,10 +146,19 @@ impl Strings {
     pub(super) fn contains(&self, key: &[u8]) -> bool {
         self.find(key).is_some()
     }
+
+    /// Position and bytes of the record at an offset; `None` behind the last.
+    #[inline]
+    fn record(&self, offset: usize) -> Option<(u32, &[u8])> {
+        let (header, rest) = self.records.get(offset..)?.split_first_chunk::<HEADER>()?;
+        let [l0, l1, p0, p1, p2, p3] = *header;
+        let text = rest.get(..usize::from(u16::from_le_bytes([l0, l1])))?;
+        Some((u32::from_le_bytes([p0, p1, p2, p3]), text))
+    }
 }
 
 /// Which lengths from 0 to 511 occur: spares the hash of a key that cannot be there.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Lengths([u64; 8]);
 
 impl Lengths {
@@ -123,10 +186,9 @@ mod tests {
 
     #[test]
     fn finds_by_position_few_and_many() {
-        for n in [0_u32, 1, 8, 9, 500] {
+        for n in [0_u32, 1, 4, 5, 500] {
             let items: Vec<String> = (0..n).map(|i| format!("item-{i}")).collect();
             let set = Strings::new(&items);
-            assert_eq!(set.len(), n as usize);
             for (i, item) in items.iter().enumerate() {
                 assert_eq!(set.find(item.as_bytes()), Some(i as u32), "{item} of {n}");
             }
@@ -136,6 +198,10 @@ mod tests {
             assert_eq!(set.iter().count(), n as usize);
         }
         assert_eq!(Strings::new(["a", "b", "a"]).find(b"a"), Some(0));
+        assert_eq!(Strings::new(["a", "b", "a", "c", "d"]).find(b"a"), Some(0));
+        let long = vec![b'x'; 70_000];
+        let set = Strings::new([b"a".as_slice(), &long, b""]);
+        assert_eq!((set.find(&long), set.find(b""), set.find(b"a")), (None, Some(2), Some(0)));
     }
 
     #[test]

@@ -133,10 +133,11 @@ impl Table {
                 hosts: Arc::clone(hosts),
             });
         }
+        let mut cores = AHashSet::new();
         let table = Table {
             generation,
             listeners: compiled.into(),
-            policies: policies.iter().map(Policy::new).collect(),
+            policies: policies.iter().map(|spec| Policy::new(spec, &mut cores)).collect(),
             names: policies
                 .iter()
                 .map(|p| (p.name.as_str().into(), p.source.clone(), p.rules.dialect()))
@@ -184,7 +185,7 @@ impl Table {
             return Decision::Pass(PassReason::BadTarget, RouteId::OTHER);
         };
 
-        let mut buffer = [0; 255];
+        let mut buffer = [0; 257];
         let Some(host) = listener.own.parse(request.host, &mut buffer) else {
             trace.step(|| {
                 format!(
@@ -250,8 +251,11 @@ impl Table {
 }
 
 impl Policy {
-    fn new(spec: &PolicySpec) -> Self {
-        let core = Arc::clone(spec.rules.core());
+    /// Policies with the same rules share them in `cores`.
+    fn new(spec: &PolicySpec, cores: &mut AHashSet<Arc<Core>>) -> Self {
+        let core = spec.rules.core();
+        let core = Arc::clone(cores.get(core).unwrap_or(core));
+        cores.insert(Arc::clone(&core));
         let gate = match (spec.enabled, spec.stale) {
             (false, _) => Some(PassReason::Disabled),
             (true, true) => Some(PassReason::Stale),
@@ -370,7 +374,7 @@ fn check_patterns(number: u32, policy: &PolicySpec, findings: &mut Reports<'_>) 
 
 /// Whether a `Host` can equal this once it is lower-cased and stripped of its port.
 fn is_host_pattern(name: &str) -> bool {
-    let mut buffer = [0; 255];
+    let mut buffer = [0; 257];
     parse_name(name.as_bytes(), &mut buffer).is_some_and(|host| host.name == name.as_bytes())
 }
 
@@ -455,6 +459,547 @@ fn report(host: &HostPattern, trouble: &Trouble<'_>, policies: &[PolicySpec]) ->
                 help: "Write it in RE2's common syntax, shorter, or as exact and prefix paths.".to_owned(),
             };
             (*policy, finding)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::dialect::{envoy, ingress_nginx, native};
+    use crate::policy::{Connection, DenyReason, Outcome};
+    use proptest::prelude::*;
+    use std::sync::LazyLock;
+
+    /// Rules that tell by `Access-Control-Max-Age` which policy answered.
+    fn native(max_age: i64) -> Rules {
+        let cors = native::Cors {
+            origins: vec!["https://app.example".into()],
+            methods: vec!["PUT".into()],
+            headers: vec!["x-a".into()],
+            max_age: Some(max_age),
+            ..native::Cors::default()
+        };
+        Rules::Native(native::validate(&cors).0.expect("valid"))
+    }
+
+    fn ingress(max_age: i64) -> Rules {
+        let annotations = [
+            ("enable-cors", "true".to_owned()),
+            ("cors-allow-origin", "https://app.example".to_owned()),
+            ("cors-max-age", max_age.to_string()),
+        ];
+        let annotations = annotations.map(|(name, value)| (name.to_owned(), value)).into();
+        Rules::IngressNginx(ingress_nginx::validate(&annotations).0.expect("valid"))
+    }
+
+    fn policy(name: &str, hosts: &[&str], paths: &[&str], rules: Rules) -> PolicySpec {
+        let host = |text: &&str| match (*text, text.strip_prefix('*')) {
+            ("*", _) => HostPattern::Any,
+            (_, Some(suffix)) => HostPattern::Wildcard(suffix.to_owned()),
+            (_, None) => HostPattern::Exact((*text).to_owned()),
+        };
+        let path = |text: &&str| match (text.strip_prefix('~'), text.strip_prefix('=')) {
+            (Some(regex), _) => PathMatch::Regex(regex.to_owned()),
+            (_, Some(exact)) => PathMatch::Exact(exact.to_owned()),
+            _ => PathMatch::Prefix((*text).to_owned()),
+        };
+        PolicySpec {
+            name: name.to_owned(),
+            source: SourceRef { origin: "test.toml".into(), line: 7 },
+            listeners: vec![],
+            hosts: hosts.iter().map(host).collect(),
+            paths: paths.iter().map(path).collect(),
+            enabled: true,
+            stale: false,
+            on_denied: None,
+            rules,
+        }
+    }
+
+    fn listener(id: u16) -> ListenerSpec {
+        ListenerSpec {
+            id: ListenerId(id),
+            name: format!("listener-{id}"),
+            own_literals: vec!["192.0.2.1".into()],
+            loopback_is_own: true,
+            public_ports: vec![],
+        }
+    }
+
+    fn compile(policies: &[PolicySpec]) -> (Table, Vec<Finding>) {
+        let (table, findings) =
+            Table::compile(&[listener(0), listener(3)], policies, &mut RouteLabels::new(1000), 5);
+        (table, findings.into_iter().map(|(_, finding)| finding).collect())
+    }
+
+    const REQUEST: Preflight<'static> = Preflight {
+        listener: ListenerId(0),
+        host: b"a.example",
+        target: b"/",
+        origin: b"https://app.example",
+        method: b"PUT",
+        headers: &[],
+        private_network: false,
+    };
+
+    /// The answer's max-age, or the reason of the pass.
+    fn outcome(table: &Table, request: &Preflight<'_>) -> String {
+        match table.decide(request) {
+            Decision::Pass(reason, _) => reason.as_str().to_owned(),
+            Decision::Answer(answer) => {
+                let mut out = Vec::new();
+                answer.render(b"Sun, 06 Nov 1994 08:49:37 GMT", Connection::KeepAlive, &mut out);
+                let text = String::from_utf8(out).expect("ASCII");
+                let age = text.lines().find_map(|l| l.strip_prefix("Access-Control-Max-Age: "));
+                age.map_or_else(|| text.lines().next().expect("status").to_owned(), ToOwned::to_owned)
+            }
+        }
+    }
+
+    #[test]
+    fn hosts_and_paths() {
+        let (table, findings) = compile(&[
+            policy("any", &["*"], &["/any"], native(1)),
+            policy("wild", &["*.example"], &["/"], native(2)),
+            policy("longer", &["*.b.example"], &["/"], native(3)),
+            policy("nginx", &["*.n.b.example"], &["/"], ingress(4)),
+            policy("exact", &["a.example", "203.0.113.9"], &["/api", "=/api/exact", "/api/deep/"], native(5)),
+            policy("deep", &["a.example"], &["/api/deep/er"], native(6)),
+            policy("regex", &["r.example"], &["~/v[0-9]+/.*", "=/v1/x"], native(7)),
+            policy("beside", &["r.example"], &["/v2/other", "/w"], native(8)),
+        ]);
+        assert_eq!(findings, []);
+        for (host, target, expected) in [
+            ("x.example", "/", "2"),
+            ("X.EXAMPLE:8080", "/", "2"),
+            ("x.y.example", "/", "2"),
+            ("example", "/", "no_route"),
+            ("example", "/any/x", "1"),
+            ("x.b.example", "/", "3"),
+            ("b.example", "/", "2"),
+            ("x.n.b.example", "/", "4"),
+            // Two labels before ingress-nginx's star: on to the next wildcard.
+            ("x.y.n.b.example", "/", "3"),
+            ("elsewhere.test", "/any", "1"),
+            ("elsewhere.test", "/anything", "no_route"),
+            ("elsewhere.test", "/", "no_route"),
+            // The most specific host decides alone.
+            ("a.example", "/any", "no_route"),
+            ("a.example", "/api", "5"),
+            ("a.example", "/api/", "5"),
+            ("a.example", "/api?q=/other", "5"),
+            ("a.example", "/apis", "no_route"),
+            ("a.example", "/API", "no_route"),
+            ("a.example", "/api/exact", "5"),
+            ("a.example", "/api/deep", "5"),
+            ("a.example", "/api/deep/er/x", "6"),
+            ("a.example", "/api/deep/err", "5"),
+            ("r.example", "/v1/x", "7"),
+            ("r.example", "/v2/y", "7"),
+            ("r.example", "/v2/other/y", "conflict"),
+            ("r.example", "/w/v1/x", "8"),
+            ("r.example", "/x/v1/x", "no_route"),
+            // Addresses.
+            ("203.0.113.9", "/api", "5"),
+            ("203.0.113.9:80", "/any", "no_route"),
+            ("203.0.113.8", "/any", "foreign_host"),
+            ("192.0.2.1", "/any", "1"),
+            ("127.0.0.1:8080", "/any", "1"),
+            ("[::1]", "/any", "1"),
+            ("[2001:db8::1]", "/any", "foreign_host"),
+            ("a.example.", "/api", "foreign_host"),
+            ("user@a.example", "/api", "foreign_host"),
+            ("a.example", "*", "bad_target"),
+            ("a.example", "", "bad_target"),
+            ("a.example", "http://a.example/api", "bad_target"),
+            ("a.example", "?/api", "bad_target"),
+        ] {
+            let request = Preflight { host: host.as_bytes(), target: target.as_bytes(), ..REQUEST };
+            assert_eq!(outcome(&table, &request), expected, "{host} {target}");
+        }
+    }
+
+    #[test]
+    fn listeners_are_apart() {
+        let mut first = policy("first", &["a.example"], &["/"], native(1));
+        first.listeners = vec![ListenerId(0)];
+        let mut second = policy("second", &["a.example"], &["/"], native(2));
+        second.listeners = vec![ListenerId(3)];
+        let (table, findings) = compile(&[first, second, policy("both", &["b.example"], &["/"], native(3))]);
+        assert_eq!(findings, [], "the same route on two listeners is no conflict");
+        for (id, host, expected) in [
+            (0, "a.example", "1"),
+            (3, "a.example", "2"),
+            (0, "b.example", "3"),
+            (3, "b.example", "3"),
+            (1, "b.example", "no_host"),
+            (4, "b.example", "no_host"),
+            (0, "c.example", "no_host"),
+        ] {
+            let request = Preflight { listener: ListenerId(id), host: host.as_bytes(), ..REQUEST };
+            assert_eq!(outcome(&table, &request), expected, "{host} on {id}");
+        }
+        assert_eq!((table.policies(), table.generation()), (3, 5));
+    }
+
+    #[test]
+    fn conflicts_pass_and_are_told_once() {
+        let (table, findings) = compile(&[
+            policy("one", &["a.example"], &["/", "/x", "/x/"], native(1)),
+            policy("two", &["a.example", "b.example"], &["/x", "/y"], native(2)),
+            policy("three", &["a.example"], &["~/z", "~/z"], native(3)),
+            policy("four", &["a.example"], &["~/z"], native(4)),
+        ]);
+        let told: Vec<(Severity, &str)> = findings.iter().map(|f| (f.severity, f.code)).collect();
+        assert_eq!(told, [(Severity::Error, "route-conflict"); 2], "{findings:?}");
+        for part in ["`one`", "`two`", "test.toml:7", "/x*", "a.example"] {
+            assert!(findings[0].message.contains(part), "{part} in {}", findings[0].message);
+        }
+        for (host, target, expected) in [
+            ("a.example", "/", "1"),
+            ("a.example", "/x/y", "conflict"),
+            ("a.example", "/y", "2"),
+            ("b.example", "/x", "2"),
+            ("a.example", "/z", "conflict"),
+        ] {
+            let request = Preflight { host: host.as_bytes(), target: target.as_bytes(), ..REQUEST };
+            assert_eq!(outcome(&table, &request), expected, "{host} {target}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_modelled_passes() {
+        let envoy_cors = envoy::Cors {
+            allow_origin_string_match: vec![envoy::StringMatcher {
+                exact: Some("*".into()),
+                ..Default::default()
+            }],
+            ..envoy::Cors::default()
+        };
+        let envoy_rules = Rules::Envoy(envoy::validate(&envoy_cors, None).0.expect("valid"));
+        let (table, findings) = compile(&[
+            policy("regex", &["a.example"], &["~/(?=x)", "/own"], native(1)),
+            policy("other", &["a.example"], &["/"], native(2)),
+            policy("envoy", &["b.example"], &[r"~/\pL"], envoy_rules),
+            policy("relative", &["c.example"], &["x", "/a//b", "/%61"], native(3)),
+            policy("hosts", &["UPPER.example", "a..b", "*.*.c", "d.example."], &["/"], native(4)),
+        ]);
+        let told: Vec<(Severity, &str)> = findings.iter().map(|f| (f.severity, f.code)).collect();
+        assert_eq!(
+            told,
+            [
+                (Severity::Error, "regex-unsupported"),
+                (Severity::Warning, "regex-unsupported"),
+                (Severity::Warning, "path-passes"),
+                (Severity::Warning, "path-passes"),
+                (Severity::Error, "path-relative"),
+                (Severity::Error, "host-invalid"),
+                (Severity::Error, "host-invalid"),
+                (Severity::Error, "host-invalid"),
+                (Severity::Error, "host-invalid"),
+            ],
+            "{findings:?}"
+        );
+        for (host, target, expected) in [
+            // The regex might match this too.
+            ("a.example", "/", "unsupported"),
+            ("a.example", "/own", "1"),
+            ("b.example", "/", "unsupported"),
+            ("c.example", "/x", "no_route"),
+        ] {
+            let request = Preflight { host: host.as_bytes(), target: target.as_bytes(), ..REQUEST };
+            assert_eq!(outcome(&table, &request), expected, "{host} {target}");
+        }
+    }
+
+    #[test]
+    fn switched_off_and_stale() {
+        let mut off = policy("off", &["off.example"], &["/"], native(1));
+        off.enabled = false;
+        let mut stale = policy("stale", &["stale.example"], &["/"], native(1));
+        stale.stale = true;
+        let (table, _) = compile(&[off, stale]);
+        for (host, expected) in [("off.example", "disabled"), ("stale.example", "stale")] {
+            assert_eq!(outcome(&table, &Preflight { host: host.as_bytes(), ..REQUEST }), expected);
+        }
+    }
+
+    #[test]
+    fn on_denied_overrides_the_dialect() {
+        let bad_origin = Preflight { origin: b"https://evil.example", ..REQUEST };
+        let bad_method = Preflight { method: b"PATCH", ..REQUEST };
+        let bad_headers = Preflight { headers: &[b"x-b"], ..REQUEST };
+        for (rules, on_denied, expected) in [
+            (native(1), None, ["HTTP/1.1 403 Forbidden"; 3]),
+            (native(1), Some(OnDenied::Answer), ["HTTP/1.1 403 Forbidden"; 3]),
+            (
+                native(1),
+                Some(OnDenied::Pass),
+                ["origin_not_allowed", "method_not_allowed", "headers_not_allowed"],
+            ),
+            // Imported dialects judge origins alone; the browser does the rest.
+            (ingress(2), None, ["origin_not_allowed", "2", "2"]),
+            (ingress(2), Some(OnDenied::Pass), ["origin_not_allowed", "2", "2"]),
+            (ingress(2), Some(OnDenied::Answer), ["HTTP/1.1 204 No Content", "2", "2"]),
+        ] {
+            let mut spec = policy("p", &["*"], &["/"], rules);
+            spec.on_denied = on_denied;
+            let (table, _) = compile(&[spec]);
+            let got = [bad_origin, bad_method, bad_headers].map(|r| outcome(&table, &r));
+            assert_eq!(got, expected, "{on_denied:?}");
+        }
+    }
+
+    #[test]
+    fn unusable_values_pass() {
+        let echo = native::Cors {
+            origins: vec!["https://app.example".into()],
+            methods: vec!["*".into()],
+            headers: vec!["*".into()],
+            credentials: true,
+            ..native::Cors::default()
+        };
+        let rules = Rules::Native(native::validate(&echo).0.expect("valid"));
+        let (table, _) = compile(&[policy("echo", &["*"], &["/"], rules)]);
+        let long = vec![b'a'; 16 << 10];
+        for (request, expected) in [
+            (Preflight { method: b"", ..REQUEST }, "bad_request_method"),
+            (Preflight { method: b"A B", ..REQUEST }, "bad_request_method"),
+            (Preflight { method: b"A\r\nX: y", ..REQUEST }, "bad_request_method"),
+            (Preflight { method: &long, ..REQUEST }, "bad_request_method"),
+            (Preflight { origin: b"", ..REQUEST }, "bad_origin"),
+            (Preflight { origin: b"https://app.example\r\nX: y", ..REQUEST }, "bad_origin"),
+            (Preflight { origin: &long, ..REQUEST }, "bad_origin"),
+            (Preflight { headers: &[b"x\r\ny: z"], ..REQUEST }, "unusable_request_headers"),
+            (Preflight { headers: &[&long], ..REQUEST }, "unusable_request_headers"),
+            (Preflight { headers: &[b"x: y"], ..REQUEST }, "unusable_request_headers"),
+        ] {
+            assert_eq!(outcome(&table, &request), expected, "{request:?}");
+        }
+    }
+
+    /// Every line of an answer, as the dialects' table in the documentation has it.
+    #[test]
+    fn native_answers_byte_for_byte() {
+        let base = native::Cors { origins: vec!["https://app.example".into()], ..native::Cors::default() };
+        let star = native::Cors { origins: vec!["*".into()], ..native::Cors::default() };
+        let lists = native::Cors {
+            methods: vec!["PUT".into(), "PURGE".into()],
+            headers: vec!["X-A".into(), "content-type".into()],
+            expose: vec!["x-e".into()],
+            max_age: Some(-1),
+            private_network: true,
+            ..base.clone()
+        };
+        let stars = native::Cors { methods: vec!["*".into()], headers: vec!["*".into()], ..base.clone() };
+        let credentials = native::Cors { credentials: true, ..stars.clone() };
+        let origin = "Access-Control-Allow-Origin: https://app.example\r\n";
+        let vary = "Vary: Origin, Access-Control-Request-Method, Access-Control-Request-Headers\r\n";
+        let none: &[&[u8]] = &[];
+        for (name, cors, headers, private_network, expected) in [
+            ("least", &base, none, false, format!("{origin}{vary}")),
+            ("all origins", &star, none, false, format!("Access-Control-Allow-Origin: *\r\n{vary}")),
+            (
+                "lists",
+                &lists,
+                &[b"content-type,x-a".as_slice()],
+                true,
+                format!(
+                    "{origin}Access-Control-Allow-Methods: PUT, PURGE\r\nAccess-Control-Allow-Headers: x-a, content-type\r\n\
+                     Access-Control-Max-Age: -1\r\n{vary}Access-Control-Allow-Private-Network: true\r\n"
+                ),
+            ),
+            (
+                "stars",
+                &stars,
+                &[b"x-b"],
+                true,
+                format!(
+                    "{origin}Access-Control-Allow-Methods: *\r\n{vary}Access-Control-Allow-Headers: *\r\n"
+                ),
+            ),
+            (
+                "stars, authorization",
+                &stars,
+                &[b"Authorization", b"x-b"],
+                false,
+                format!(
+                    "{origin}Access-Control-Allow-Methods: *\r\n{vary}Access-Control-Allow-Headers: Authorization,x-b\r\n"
+                ),
+            ),
+            (
+                "stars with credentials",
+                &credentials,
+                &[b"x-b"],
+                false,
+                format!(
+                    "{origin}Access-Control-Allow-Credentials: true\r\n{vary}Access-Control-Allow-Methods: GET\r\n\
+                     Access-Control-Allow-Headers: x-b\r\n"
+                ),
+            ),
+            (
+                "stars with credentials, no headers",
+                &credentials,
+                none,
+                false,
+                format!(
+                    "{origin}Access-Control-Allow-Credentials: true\r\n{vary}Access-Control-Allow-Methods: GET\r\n"
+                ),
+            ),
+        ] {
+            let (rules, findings) = native::validate(cors);
+            let rules = Rules::Native(rules.unwrap_or_else(|| panic!("{name}: {findings:?}")));
+            let (table, _) = compile(&[policy("p", &["*"], &["/"], rules)]);
+            let request = Preflight { method: b"GET", headers, private_network, ..REQUEST };
+            let Decision::Answer(answer) = table.decide(&request) else { panic!("{name}: passed") };
+            for (connection, line) in [
+                (Connection::KeepAlive, ""),
+                (Connection::KeepAlive10, "Connection: keep-alive\r\n"),
+                (Connection::Close, "Connection: close\r\n"),
+            ] {
+                let mut out = b"before".to_vec();
+                answer.render(b"Sun, 06 Nov 1994 08:49:37 GMT", connection, &mut out);
+                let expected = format!(
+                    "beforeHTTP/1.1 204 No Content\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\n{line}{expected}\r\n"
+                );
+                assert_eq!(String::from_utf8_lossy(&out), expected, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn denials_byte_for_byte() {
+        let (table, _) = compile(&[policy("p", &["*"], &["/"], native(1))]);
+        let Decision::Answer(answer) =
+            table.decide(&Preflight { origin: b"https://evil.example", ..REQUEST })
+        else {
+            panic!("passed")
+        };
+        assert_eq!(answer.outcome, Outcome::Denied(DenyReason::Origin));
+        let mut out = Vec::new();
+        answer.render(b"Sun, 06 Nov 1994 08:49:37 GMT", Connection::Close, &mut out);
+        let expected = "HTTP/1.1 403 Forbidden\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\nConnection: close\r\n\
+            Content-Length: 0\r\nVary: Origin, Access-Control-Request-Method, Access-Control-Request-Headers\r\n\r\n";
+        assert_eq!(String::from_utf8_lossy(&out), expected);
+    }
+
+    #[derive(Default)]
+    struct Steps(Vec<String>);
+
+    impl Trace for Steps {
+        fn step(&mut self, text: impl FnOnce() -> String) {
+            self.0.push(text());
+        }
+    }
+
+    #[test]
+    fn traces_each_step() {
+        let (table, _) = compile(&[policy("shop", &["*.example"], &["/"], native(1))]);
+        let mut steps = Steps::default();
+        let decision = table.decide_traced(&Preflight { headers: &[b"x-b"], ..REQUEST }, &mut steps);
+        assert!(matches!(decision, Decision::Answer(a) if a.outcome == Outcome::Denied(DenyReason::Headers)));
+        assert_eq!(
+            steps.0,
+            [
+                "listener: listener-0",
+                "host: a.example matches *.example, the longest wildcard",
+                "path: / leads to policy shop (test.toml:7, native)",
+                "origin: https://app.example is allowed: it is listed",
+                "method: PUT is listed",
+                "headers: x-b are not all listed, or not lower-case, sorted and unique as browsers send them",
+                "answered: denied, the browser will refuse",
+            ]
+        );
+    }
+
+    #[test]
+    fn describes_routes() {
+        let mut labels = RouteLabels::new(2);
+        let policies = [
+            policy("one", &["a.example"], &["/"], native(1)),
+            policy("beyond", &["b.example"], &["/"], native(1)),
+        ];
+        let (table, _) = Table::compile(&[listener(0)], &policies, &mut labels, 1);
+        let Decision::Answer(answer) = table.decide(&REQUEST) else { panic!("passed") };
+        let described = table.describe(answer.route).expect("labelled");
+        assert_eq!((described.policy, described.dialect, described.source.line), ("one", "native", 7));
+        let label = &labels.all()[answer.route.0 as usize];
+        assert_eq!((&*label.host, &*label.route, &*label.policy), ("a.example", "/*", "one"));
+        // Beyond the labels' bound routes work all the same.
+        let request = Preflight { host: b"b.example", ..REQUEST };
+        let Decision::Answer(answer) = table.decide(&request) else { panic!("passed") };
+        assert_eq!(answer.route, RouteId::OTHER);
+        assert!(table.describe(RouteId::OTHER).is_none() && table.describe(RouteId(99)).is_none());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        /// Against a scan of all routes; more than a few take the way by hash.
+        #[test]
+        fn routes_are_as_the_reference(
+            prefixes in prop::collection::btree_set("(/[ab]{1,2}){0,4}", 1..24),
+            exacts in prop::collection::btree_set("(/[ab]{1,2}){1,4}", 0..12),
+            paths in prop::collection::vec("(/[ab]{0,2}){1,5}", 1..20),
+        ) {
+            let prefixes: Vec<String> = prefixes.into_iter().collect();
+            let exacts: Vec<String> = exacts.into_iter().collect();
+            let mut policies = Vec::new();
+            for (i, prefix) in prefixes.iter().enumerate() {
+                policies.push(policy("p", &["*"], &[&format!("{prefix}/")], native(i64::try_from(i).expect("few"))));
+            }
+            for (i, exact) in exacts.iter().enumerate() {
+                policies.push(policy("e", &["*"], &[&format!("={exact}")], native(1000 + i64::try_from(i).expect("few"))));
+            }
+            let (table, _) = compile(&policies);
+            for path in &paths {
+                let exact = exacts.iter().position(|e| e == path).map(|i| 1000 + i);
+                let prefix = prefixes
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, p)| path.strip_prefix(p.as_str()).is_some_and(|r| r.is_empty() || r.starts_with('/')))
+                    .max_by_key(|(_, p)| p.len())
+                    .map(|(i, _)| i);
+                let expected = exact.or(prefix).map_or("no_route".to_owned(), |age| age.to_string());
+                let request = Preflight { target: path.as_bytes(), ..REQUEST };
+                prop_assert_eq!(outcome(&table, &request), expected, "{}", path);
+            }
+        }
+
+        #[test]
+        fn no_bytes_panic(
+            host in prop::collection::vec(any::<u8>(), 0..300),
+            target in prop::collection::vec(any::<u8>(), 0..100),
+            origin in prop::collection::vec(any::<u8>(), 0..400),
+            method in prop::collection::vec(any::<u8>(), 0..80),
+            lines in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..100), 0..4),
+        ) {
+            static TABLE: LazyLock<Table> = LazyLock::new(|| {
+                let policies = [
+                    policy("n", &["*", "*.example"], &["/", "~/.*x"], native(1)),
+                    policy("i", &["*.b.example"], &["/"], ingress(1)),
+                ];
+                compile(&policies).0
+            });
+            let table = &*TABLE;
+            let headers: Vec<&[u8]> = lines.iter().map(Vec::as_slice).collect();
+            for listener in [0, 1, u16::MAX] {
+                for (host, target) in [(&host[..], &target[..]), (b"a.b.example", &target[..]), (b"x", b"/")] {
+                    let request = Preflight {
+                        listener: ListenerId(listener),
+                        host,
+                        target,
+                        origin: &origin,
+                        method: &method,
+                        headers: &headers,
+                        private_network: true,
+                    };
+                    outcome(table, &request);
+                    outcome(table, &Preflight { origin: b"https://app.example", ..request });
+                    outcome(table, &Preflight { origin: b"https://app.example", method: b"PUT", ..request });
+                }
+            }
         }
     }
 }

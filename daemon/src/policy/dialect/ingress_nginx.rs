@@ -53,7 +53,7 @@ impl Config {
                 .or_else(|| annotations.get(&format!("{PREFIX}{name}")))
                 .map(|v| normalise(v))
         };
-        let enabled = boolean(findings, "enable-cors", get("enable-cors"), false);
+        let enabled = boolean(findings, "enable-cors", get("enable-cors").as_deref(), false);
         let config = Self {
             enabled,
             origins: origins(findings, get("cors-allow-origin")),
@@ -65,7 +65,12 @@ impl Config {
                 // ^[A-Za-z0-9-_, ]*$
                 s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b',' | b' '))
             }),
-            credentials: boolean(findings, "cors-allow-credentials", get("cors-allow-credentials"), true),
+            credentials: boolean(
+                findings,
+                "cors-allow-credentials",
+                get("cors-allow-credentials").as_deref(),
+                true,
+            ),
             expose: list(findings, "cors-expose-headers", get("cors-expose-headers"), "", |s| {
                 // ^(([A-Za-z0-9\-\_]+|\*),?\s?)+$
                 separated(s, |b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'*'))
@@ -192,7 +197,7 @@ impl Config {
         Core {
             gate: None,
             on_denied: OnDenied::Pass,
-            origins: if star { Origins::All } else { Origins::OneLabel(OneLabel::new(&origins)) },
+            origins: if star { Origins::All } else { Origins::OneLabel(Box::new(OneLabel::new(&origins))) },
             methods: Methods::Unchecked,
             headers: RequestHeaders::Unchecked,
             // With the literal `*` nothing in the answer depends on the request.
@@ -334,8 +339,8 @@ fn list(
 }
 
 /// As Go's `strconv.ParseBool`.
-fn boolean(findings: &mut Findings, field: &'static str, value: Option<String>, default: bool) -> bool {
-    match value.as_deref() {
+fn boolean(findings: &mut Findings, field: &'static str, value: Option<&str>, default: bool) -> bool {
+    match value {
         None => default,
         Some("1" | "t" | "T" | "true" | "TRUE" | "True") => true,
         Some("0" | "f" | "F" | "false" | "FALSE" | "False") => false,

@@ -3,7 +3,6 @@
 use super::super::answer::{AllowMethods, EchoHeaders, Template};
 use super::super::core::{Core, Methods, RequestHeaders, bare_forbidden};
 use super::super::origin::{Origins, Pattern, PatternError, Web, parse_pattern};
-use super::super::strings::Strings;
 use super::super::{Finding, OnDenied, Severity, acrh};
 use super::lint::{self, Findings, Place};
 use serde::Deserialize;
@@ -88,7 +87,7 @@ fn compile(cors: &Cors, patterns: &[Pattern<'_>]) -> Core {
         gate: None,
         on_denied: OnDenied::Answer,
         origins: if star { Origins::All } else { Origins::Web(Web::new(patterns, &[], false)) },
-        methods: if any_method { Methods::Unchecked } else { Methods::Listed(Strings::new(&cors.methods)) },
+        methods: if any_method { Methods::Unchecked } else { Methods::listed(&cors.methods) },
         headers: if any_header {
             RequestHeaders::Unchecked
         } else {
