@@ -814,7 +814,7 @@ mod tests {
         "(https|http|https|HTTPS)://[ab.A]?([ab]\\.){0,3}[ab]{1,2}[.]?(:(443|80|81|0|081|))?[/]?";
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(3000))]
+        #![proptest_config(ProptestConfig::with_cases(1000))]
 
         #[test]
         fn native_is_as_the_reference(
