@@ -52,7 +52,11 @@ fn json_lines(findings: &[Diagnostic]) -> String {
 }
 
 fn text(findings: &[Diagnostic], policies: usize, files: &[PathBuf]) -> String {
-    let mut out: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
+    let mut out = String::new();
+    for finding in findings {
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "{finding}");
+    }
     let errors = findings.iter().filter(|d| d.is_error()).count();
     let warnings = findings.len() - errors;
     let plural = |n: usize, word: &str| format!("{n} {word}{}", if n == 1 { "" } else { "s" });

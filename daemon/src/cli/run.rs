@@ -68,7 +68,7 @@ pub(super) fn run(args: &Run) -> Result<(), Failure> {
     runtime.shutdown_background();
     ended.map_err(|e| {
         error!("{e}");
-        Failure::Failed(e.to_string())
+        Failure::Findings
     })
 }
 
@@ -466,15 +466,11 @@ impl Reloader {
                 reloaded.table
             })
         };
-        match &table {
-            Some(table) => {
-                info!(
-                    generation = table.generation(),
-                    policies = table.policies(),
-                    "the policies were replaced"
-                );
-            }
-            None => error!(result = result.as_str(), "the policies stay as they were"),
+        if let Some(table) = &table {
+            self.generation = table.generation();
+            info!(generation = table.generation(), policies = table.policies(), "the policies were replaced");
+        } else {
+            error!(result = result.as_str(), "the policies stay as they were");
         }
         if std::mem::take(&mut self.again) {
             self.wanted("changed files");

@@ -242,7 +242,7 @@ impl Build {
                     self.policy_path(&file, &at);
                 }
             }
-            Err(e) => self.unreadable("policy_dir", &dir, &e, at),
+            Err(e) => self.unreadable(format!("cannot read the directory {}: {e}", dir.display()), at),
         }
     }
 
@@ -250,12 +250,11 @@ impl Build {
         self.files.push(path.to_owned());
         match read(path) {
             Ok(text) => self.policy_file(Source::new(&path.display().to_string(), text)),
-            Err(e) => self.unreadable("policy file", path, &e, at.clone()),
+            Err(e) => self.unreadable(e.to_string(), at.clone()),
         }
     }
 
-    fn unreadable(&mut self, what: &str, path: &Path, e: &io::Error, at: At) {
-        let message = format!("cannot read the {what} `{}`: {e}", path.display());
+    fn unreadable(&mut self, message: String, at: At) {
         let help = "paths are relative to the configuration file";
         self.problems[0].push(Problem::error("unreadable", at, message, help));
     }

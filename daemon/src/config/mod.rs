@@ -166,7 +166,7 @@ impl Default for Limits {
             max_head_bytes: 16_384,
             header_timeout: Duration::from_secs(10),
             // Chrome keeps a connection that it opened ahead of need for five minutes.
-            idle_timeout: Duration::from_secs(300),
+            idle_timeout: Duration::from_mins(5),
             send_timeout: Duration::from_secs(30),
             max_connections: 16_384,
             shutdown_grace: Duration::from_secs(20),
@@ -180,7 +180,7 @@ impl Default for Relay {
             threads: 0,
             max_connections: 16_384,
             connect_timeout: Duration::from_secs(5),
-            idle_timeout: Duration::from_secs(3600),
+            idle_timeout: Duration::from_hours(1),
             buffer_bytes: 65_536,
         }
     }

@@ -305,7 +305,7 @@ impl FromText for Time {
         let d = humantime::parse_duration(text).map_err(|e| {
             format!("`{text}` is no duration: {e}\nwrite a number and its unit, such as \"10s\", \"500ms\", \"5m\"")
         })?;
-        if d > Duration::from_secs(366 * 86_400) {
+        if d > Duration::from_hours(366 * 24) {
             return Err(format!("`{text}` is more than a year\nwrite a shorter duration"));
         }
         Ok(d)

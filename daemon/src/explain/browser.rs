@@ -110,7 +110,7 @@ fn cors_check(
         [] => why.push("there is no Access-Control-Allow-Origin".to_owned()),
         [b"*"] if !credentials => {}
         [b"*"] => {
-            why.push("Access-Control-Allow-Origin is `*`, which does not do with credentials".to_owned())
+            why.push("Access-Control-Allow-Origin is `*`, which does not do with credentials".to_owned());
         }
         [origin] if origin == asked.origin => {
             if credentials {
@@ -217,18 +217,14 @@ mod tests {
             else {
                 panic!("{name}: no preflight");
             };
-            let lines: String = answer
-                .split('|')
-                .filter(|l| !l.is_empty())
-                .map(|line| {
-                    let line = line.replace(": A", ": https://a.example");
-                    let names =
-                        [("O:", "Origin:"), ("C:", "Credentials:"), ("M:", "Methods:"), ("H:", "Headers:")];
-                    let (short, long) =
-                        names.iter().find(|(short, _)| line.starts_with(short)).expect("a name");
-                    format!("Access-Control-Allow-{long}{}\r\n", &line[short.len()..])
-                })
-                .collect();
+            let mut lines = String::new();
+            for line in answer.split('|').filter(|l| !l.is_empty()) {
+                let line = line.replace(": A", ": https://a.example");
+                let names =
+                    [("O:", "Origin:"), ("C:", "Credentials:"), ("M:", "Methods:"), ("H:", "Headers:")];
+                let (short, long) = names.iter().find(|(short, _)| line.starts_with(short)).expect("a name");
+                lines += &["Access-Control-Allow-", long, &line[short.len()..], "\r\n"].concat();
+            }
             let got = judge(&asked, format!("HTTP/1.1 204 No Content\r\n{lines}\r\n").as_bytes());
             for (how, got, want) in
                 [("without", got.without_credentials, without), ("with", got.with_credentials, with)]

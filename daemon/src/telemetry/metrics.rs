@@ -143,7 +143,7 @@ fn connections(status: &Status) {
     let closed = sum(|w| &w.closed);
     let handed_over = sum(|w| &w.handed_over);
     counter!("preflightd_connections_accepted_total").absolute(accepted);
-    gauge!("preflightd_connections_open").set(accepted.saturating_sub(closed + handed_over) as f64);
+    gauge!("preflightd_connections_open").set(number(accepted.saturating_sub(closed + handed_over)));
     let header_timeouts = sum(|w| &w.header_timeouts);
     let idle_timeouts = sum(|w| &w.idle_timeouts);
     let send_timeouts = sum(|w| &w.send_timeouts);
@@ -166,7 +166,7 @@ fn relay(status: &Status) {
     let relay = &status.relay;
     let get = |cell: &std::sync::atomic::AtomicU64| cell.load(Ordering::Relaxed);
     counter!("preflightd_relay_connections_total").absolute(get(&relay.connections));
-    gauge!("preflightd_relay_connections_open").set(get(&relay.open) as f64);
+    gauge!("preflightd_relay_connections_open").set(number(get(&relay.open)));
     counter!("preflightd_relay_bytes_total", "direction" => "up").absolute(get(&relay.bytes_up));
     counter!("preflightd_relay_bytes_total", "direction" => "down").absolute(get(&relay.bytes_down));
     for (cause, count) in [
@@ -183,10 +183,10 @@ fn process(status: &Status) {
     let flag = |on: bool| f64::from(u8::from(on));
     {
         let running = status.running();
-        gauge!("preflightd_table_generation").set(running.table.generation() as f64);
+        gauge!("preflightd_table_generation").set(number(running.table.generation()));
         for (worker, generation) in running.generations.iter().enumerate() {
             gauge!("preflightd_worker_table_generation", "worker" => worker.to_string())
-                .set(*generation as f64);
+                .set(number(*generation));
         }
         for result in ReloadResult::ALL {
             counter!("preflightd_reloads_total", "result" => result.as_str())
@@ -226,10 +226,18 @@ fn latency(status: &Status, text: &mut String) {
     let mut count = 0;
     for (bucket, bound) in buckets.iter().zip(LATENCY_BUCKETS_US) {
         count += bucket;
-        let _ = writeln!(text, "{NAME}_bucket{{le=\"{}\"}} {count}", *bound as f64 / 1e6);
+        let _ = writeln!(text, "{NAME}_bucket{{le=\"{}\"}} {count}", number(*bound) / 1e6);
     }
     count += buckets[LATENCY_BUCKETS_US.len()];
     let _ = writeln!(text, "{NAME}_bucket{{le=\"+Inf\"}} {count}");
-    let _ = writeln!(text, "{NAME}_sum {}", nanoseconds as f64 / 1e9);
+    let _ = writeln!(text, "{NAME}_sum {}", number(nanoseconds) / 1e9);
     let _ = writeln!(text, "{NAME}_count {count}");
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "exact up to 2^53; beyond, Prometheus has no better number either"
+)]
+fn number(n: u64) -> f64 {
+    n as f64
 }

@@ -98,7 +98,6 @@ impl Running {
 
 impl Status {
     /// Everything that is known when the workers run; not ready yet.
-    #[expect(clippy::too_many_arguments, reason = "the parts have nothing in common but their place")]
     pub fn new(
         workers: Vec<Arc<WorkerStats>>,
         relay: Arc<RelayStats>,
