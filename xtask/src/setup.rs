@@ -180,7 +180,7 @@ fn apt(packages: &[&str], by_hand: &mut ByHand) -> Result<()> {
 
 /// Whether apt is there and may install.
 fn apt_works() -> bool {
-    sh::find("apt-get").is_some() && sh::output(Command::new("id").arg("-u")).as_deref() == Some("0")
+    sh::find("apt-get").is_some() && sh::is_root()
 }
 
 fn apt_has(package: &str) -> bool {

@@ -5,7 +5,7 @@ use std::{
     fmt, fs,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -21,7 +21,7 @@ pub(crate) struct Arguments {
     full: bool,
 }
 
-/// Runs all steps, also behind one that failed.
+/// Runs all steps, also those behind one that failed, but for a build that did.
 ///
 /// # Errors
 /// If a step failed, or in CI was skipped.
@@ -31,14 +31,19 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let full = arguments.full;
     let steps: &[(&str, &dyn Fn() -> Result<Outcome>)] = &[
         ("format", &|| lint::format().map(|()| Outcome::ran(""))),
+        ("build", &build),
         ("clippy", &|| lint::clippy().map(|()| Outcome::ran("no warnings"))),
         ("tests", &|| nextest(full)),
         ("doc tests", &doc_tests),
         ("fuzzing", &|| fuzz(full)),
         ("dependencies", &|| dependencies(full)),
     ];
-    let mut report = Vec::new();
+    let mut report: Vec<(&str, Outcome, Duration)> = Vec::new();
     for (name, step) in steps {
+        if report.iter().any(|(name, outcome, _)| *name == "build" && matches!(outcome, Outcome::Failed(_))) {
+            report.push((*name, Outcome::Skipped("the build failed".into()), Duration::ZERO));
+            continue;
+        }
         println!("\n== {name}");
         let start = Instant::now();
         let outcome = step().unwrap_or_else(|error| {
@@ -87,6 +92,12 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// All that the tests run, in the profile that they run in.
+fn build() -> Result<Outcome> {
+    sh::run(sh::cargo().args(["nextest", "run", "--locked", "--no-run"]))?;
+    Ok(Outcome::ran(""))
+}
+
 /// Unit and integration tests, the loom models among them.
 fn nextest(full: bool) -> Result<Outcome> {
     let mut cargo = sh::cargo();
@@ -94,7 +105,12 @@ fn nextest(full: bool) -> Result<Outcome> {
     if full {
         cargo.env("PROPTEST_CASES", "10240");
     }
-    run_nextest(&mut cargo)
+    let closing = run_nextest(&mut cargo)?;
+    Ok(Outcome::ran(if sh::is_root() {
+        closing
+    } else {
+        format!("{closing}; those that need root (namespaces, eBPF) only said so")
+    }))
 }
 
 fn doc_tests() -> Result<Outcome> {
@@ -143,8 +159,8 @@ fn dependencies(full: bool) -> Result<Outcome> {
     Ok(Outcome::ran("bans, licences, sources; advisories are not checked"))
 }
 
-/// Runs nextest and keeps its closing line for the summary.
-fn run_nextest(command: &mut Command) -> Result<Outcome> {
+/// Runs nextest and returns its closing line, for the summary.
+fn run_nextest(command: &mut Command) -> Result<String> {
     let line = sh::show(command);
     println!("$ {line}");
     let mut nextest = command
@@ -164,5 +180,5 @@ fn run_nextest(command: &mut Command) -> Result<Outcome> {
     if !status.success() {
         bail!("{}", if closing.is_empty() { format!("`{line}`: {status}") } else { closing });
     }
-    Ok(Outcome::Ran(closing))
+    Ok(closing)
 }
