@@ -536,23 +536,25 @@ pub(super) struct Matchers {
 }
 
 impl Matchers {
-    /// `matchers` with their `ignore_case`; refuses the first regex that cannot be modelled, by its position.
-    pub(super) fn new(matchers: &[(Matcher<'_>, bool)]) -> Result<Self, (usize, String)> {
+    /// `matchers` with their `ignore_case`. Regexes that cannot be modelled are named by their position, with the
+    /// reason, and match nothing.
+    pub(super) fn new(matchers: &[(Matcher<'_>, bool)]) -> (Self, Vec<(usize, String)>) {
         let (at, patterns): (Vec<usize>, Vec<&str>) = matchers
             .iter()
             .enumerate()
             .filter_map(|(i, (m, _))| if let Matcher::Regex(r) = m { Some((i, *r)) } else { None })
             .unzip();
-        let regexes = Regexes::new(&patterns).map_err(|(i, error)| (at[i], error))?;
+        let (regexes, refused) = Regexes::new(&patterns);
         let any_case = Literals::new(matchers.iter().filter(|(_, ignore)| *ignore).map(|(m, _)| *m));
-        Ok(Self {
+        let compiled = Self {
             exact_case: Literals::new(matchers.iter().filter(|(_, ignore)| !ignore).map(|(m, _)| *m)),
             any_case: (!any_case.is_empty()).then_some(any_case.lower()),
             regexes,
-        })
+        };
+        (compiled, refused.into_iter().map(|(i, reason)| (at[i], reason)).collect())
     }
 
-    /// As the filter asks: a matcher that matches the literal `*` allows every origin.
+    /// Whether any of them matches.
     pub(super) fn allow(&self, origin: &[u8]) -> bool {
         if self.exact_case.matches(origin) {
             return true;
@@ -755,7 +757,8 @@ mod tests {
             (Contains("A.ex"), true, &["https://a.EXample"], &["https://b.example"]),
             (Regex("https://[a-c]"), false, &["https://a"], &["https://d", "https://aa", "HTTPS://a"]),
         ] {
-            let matchers = Matchers::new(&[(matcher, ignore_case)]).expect("compiles");
+            let (matchers, refused) = Matchers::new(&[(matcher, ignore_case)]);
+            assert_eq!(refused, []);
             for origin in yes {
                 assert!(matchers.allow(origin.as_bytes()), "{matcher:?} {ignore_case} on {origin}");
             }
@@ -763,10 +766,10 @@ mod tests {
                 assert!(!matchers.allow(origin.as_bytes()), "{matcher:?} {ignore_case} on {origin}");
             }
         }
-        assert_eq!(
-            Matchers::new(&[(Exact("a"), false), (Regex("("), false)]).map_err(|e| e.0).err(),
-            Some(1)
-        );
+        let (matchers, refused) =
+            Matchers::new(&[(Exact("a"), false), (Regex("("), false), (Regex("b"), false)]);
+        assert_eq!(refused.iter().map(|(i, _)| *i).collect::<Vec<_>>(), [1]);
+        assert!(matchers.allow(b"a") && matchers.allow(b"b") && !matchers.allow(b"c"));
     }
 
     /// Scheme, labels and port of an origin or pattern, by nothing but splits.
@@ -888,7 +891,7 @@ mod tests {
                     _ => origin.contains(&text),
                 }
             });
-            prop_assert_eq!(Matchers::new(&list).expect("no regex").allow(origin.as_bytes()), expected);
+            prop_assert_eq!(Matchers::new(&list).0.allow(origin.as_bytes()), expected);
         }
 
         #[test]

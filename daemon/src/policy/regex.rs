@@ -14,15 +14,17 @@ const MAX_PATTERN: usize = 2048;
 /// RE2 refuses repetitions beyond this.
 const MAX_REPEAT: u32 = 1000;
 /// Bytes of the NFA, of the DFA, and of the memory while the DFA is built.
-const NFA_LIMIT: usize = 256 << 10;
-const DFA_LIMIT: usize = 256 << 10;
-const BUILD_LIMIT: usize = 1 << 20;
+const NFA_LIMIT: usize = 128 << 10;
+const DFA_LIMIT: usize = 128 << 10;
+const BUILD_LIMIT: usize = 384 << 10;
+
+/// An automaton and the positions of its patterns.
+type Group = (Box<[usize]>, dense::DFA<Vec<u32>>);
 
 /// Several patterns that are tried at once.
 #[derive(Debug, Default)]
 pub(super) struct Regexes {
-    /// Each with the number of its first pattern.
-    groups: Vec<(usize, dense::DFA<Vec<u32>>)>,
+    groups: Vec<Group>,
     patterns: Box<[Box<str>]>,
 }
 
@@ -42,15 +44,25 @@ impl Hash for Regexes {
 }
 
 impl Regexes {
-    /// Compiles all, or names the first that cannot be modelled, with the reason.
-    pub(super) fn new(patterns: &[&str]) -> Result<Self, (usize, String)> {
+    /// Compiles what can be modelled; the rest is named by its position, with the reason.
+    pub(super) fn new(patterns: &[&str]) -> (Self, Vec<(usize, String)>) {
+        let mut groups: Vec<Group> = Vec::new();
+        let mut refused = Vec::new();
         for (i, pattern) in patterns.iter().enumerate() {
-            check_syntax(pattern).map_err(|e| (i, e))?;
+            match check_syntax(pattern).and_then(|()| compile(&[pattern])) {
+                Ok(dfa) => groups.push((Box::from([i]), dfa)),
+                Err(reason) => refused.push((i, reason)),
+            }
         }
-        let kept = patterns.iter().map(|&p| p.into()).collect();
-        let mut regexes = Self { groups: Vec::new(), patterns: kept };
-        regexes.add(patterns, 0)?;
-        Ok(regexes)
+        // One automaton for all of them if it stays small: then their number costs nothing.
+        let good: Box<[usize]> = groups.iter().flat_map(|(at, _)| at.iter().copied()).collect();
+        let together: Vec<&str> = good.iter().map(|&i| patterns[i]).collect();
+        if together.len() > 1
+            && let Ok(dfa) = compile(&together)
+        {
+            groups = vec![(good, dfa)];
+        }
+        (Self { groups, patterns: patterns.iter().map(|&p| p.into()).collect() }, refused)
     }
 
     /// Whether any pattern matches the whole of `text`.
@@ -58,33 +70,14 @@ impl Regexes {
         self.groups.iter().any(|(_, dfa)| run(dfa, text).is_some())
     }
 
-    /// Calls `found` with the number of every pattern that matches the whole of `text`.
+    /// Calls `found` with the position of every pattern that matches the whole of `text`.
     pub(super) fn each_match(&self, text: &[u8], mut found: impl FnMut(usize)) {
-        for (first, dfa) in &self.groups {
+        for (positions, dfa) in &self.groups {
             if let Some(state) = run(dfa, text) {
                 for i in 0..dfa.match_len(state) {
-                    found(first + dfa.match_pattern(state, i).as_usize());
+                    found(positions[dfa.match_pattern(state, i).as_usize()]);
                 }
             }
-        }
-    }
-
-    /// One automaton for all of `patterns`; if that is too large, one for each half.
-    fn add(&mut self, patterns: &[&str], first: usize) -> Result<(), (usize, String)> {
-        match patterns {
-            [] => Ok(()),
-            _ => match compile(patterns) {
-                Ok(dfa) => {
-                    self.groups.push((first, dfa));
-                    Ok(())
-                }
-                Err(error) if patterns.len() == 1 => Err((first, error)),
-                Err(_) => {
-                    let (left, right) = patterns.split_at(patterns.len() / 2);
-                    self.add(left, first)?;
-                    self.add(right, first + left.len())
-                }
-            },
         }
     }
 }
@@ -245,7 +238,8 @@ mod tests {
             ("a{2,3}", &["aa", "aaa"], &["a", "aaaa"]),
             (r"\/a\-b", &["/a-b"], &[]),
         ] {
-            let regex = Regexes::new(&[pattern]).unwrap_or_else(|e| panic!("{pattern}: {e:?}"));
+            let (regex, refused) = Regexes::new(&[pattern]);
+            assert_eq!(refused, [], "{pattern}");
             for text in yes {
                 assert!(regex.is_match(text.as_bytes()), "{pattern} on {text}");
             }
@@ -283,22 +277,27 @@ mod tests {
             "(((a{100}){100}){100})",
             "(.*a.{20}b.*){5}",
         ] {
-            assert!(Regexes::new(&[pattern]).is_err(), "{pattern}");
+            let (regexes, refused) = Regexes::new(&["a", pattern]);
+            assert_eq!(refused.iter().map(|(i, _)| *i).collect::<Vec<_>>(), [1], "{pattern}");
+            assert!(regexes.is_match(b"a") && !regexes.is_match(b"b"), "{pattern}");
         }
-        assert!(Regexes::new(&[&"a".repeat(MAX_PATTERN + 1)]).is_err());
+        assert_eq!(Regexes::new(&[&"a".repeat(MAX_PATTERN + 1)]).1.len(), 1);
     }
 
     #[test]
-    fn tells_every_match_and_splits_what_is_too_large_together() {
-        let patterns: Vec<String> = (0..24).map(|i| format!("x{i}y[a-f]{{900}}.*")).collect();
-        let refs: Vec<&str> = patterns.iter().map(String::as_str).collect();
-        let regexes = Regexes::new(&refs).expect("compiles in parts");
-        assert!(regexes.groups.len() > 1, "the test wants a split");
-        let mut found = Vec::new();
-        for text in ["x3y", "x17y", "x17y_"] {
-            regexes.each_match(format!("{text}{}", "a".repeat(901)).as_bytes(), |i| found.push(i));
+    fn tells_every_match() {
+        for (patterns, groups) in [
+            (vec!["x.*".to_owned(), "(".to_owned(), ".*y".to_owned(), "z".to_owned()], 1),
+            // Too large together.
+            (vec!["x[a-f]{900}.*y".into(), "(".into(), "x[g-y]{0,900}.*".into(), "z[a-f]{900}".into()], 3),
+        ] {
+            let refs: Vec<&str> = patterns.iter().map(String::as_str).collect();
+            let (regexes, refused) = Regexes::new(&refs);
+            assert_eq!((regexes.groups.len(), refused.len()), (groups, 1), "{patterns:?}");
+            let mut found = Vec::new();
+            regexes.each_match(format!("x{}y", "a".repeat(900)).as_bytes(), |i| found.push(i));
+            found.sort_unstable();
+            assert_eq!(found, [0, 2], "{patterns:?}");
         }
-        found.sort_unstable();
-        assert_eq!(found, [3, 17]);
     }
 }

@@ -360,28 +360,22 @@ where
 
 fn regex_routes<'p>(mut claims: Vec<(&'p str, &Claim<'p>)>, troubles: &mut Vec<Trouble<'p>>) -> RegexRoutes {
     claims.sort_by_key(|(pattern, _)| *pattern);
-    let mut merged: Vec<(&'p str, Target, Vec<u32>)> = claims
+    let merged: Vec<(&'p str, Target, Vec<u32>)> = claims
         .chunk_by(|a, b| a.0 == b.0)
         .map(|group| {
             let policies = group.iter().map(|(_, c)| c.target.policy).collect();
             (group[0].0, merge(group.iter().map(|(_, c)| *c), troubles), policies)
         })
         .collect();
+    let patterns: Vec<&str> = merged.iter().map(|(pattern, ..)| *pattern).collect();
+    let (regexes, refused) = Regexes::new(&patterns);
     let mut opaque = Vec::new();
-    loop {
-        let patterns: Vec<&str> = merged.iter().map(|(pattern, ..)| *pattern).collect();
-        match Regexes::new(&patterns) {
-            Ok(regexes) => {
-                let targets = merged.iter().map(|(_, target, _)| *target).collect();
-                return RegexRoutes { regexes, targets, opaque };
-            }
-            Err((i, reason)) => {
-                let (pattern, _, policies) = merged.remove(i);
-                for &policy in &policies {
-                    troubles.push(Trouble::Regex { pattern, policy, reason: reason.clone() });
-                }
-                opaque.extend(policies);
-            }
+    for (i, reason) in refused {
+        let (pattern, _, policies) = &merged[i];
+        for &policy in policies {
+            troubles.push(Trouble::Regex { pattern, policy, reason: reason.clone() });
         }
+        opaque.extend(policies);
     }
+    RegexRoutes { regexes, targets: merged.iter().map(|(_, target, _)| *target).collect(), opaque }
 }

@@ -65,39 +65,39 @@ pub fn validate(cors: &Cors, fallback: Option<&Cors>) -> (Option<Rules>, Vec<Fin
     let matchers = check_matchers(&effective.allow_origin_string_match, &mut findings);
     check_values(&effective, &mut findings);
     let gate = gate(cors, &mut findings);
-    let compiled = Matchers::new(&matchers);
-    let gate = match &compiled {
-        _ if gate.is_some() => gate,
-        // Another matcher may allow every origin, whatever this one would say.
-        Err((i, error)) if !matchers.iter().any(|m| allows_star(m)) => {
-            findings.warn(
-                "regex-unsupported",
-                ("allow_origin_string_match", Some(*i)),
-                format!("the regex cannot be modelled: {error}; preflights of this policy go to the proxy"),
-                "Write it in RE2's common syntax, shorter, or as `exact`, `prefix` or `suffix` matchers.",
-            );
-            Some(PassReason::Unsupported)
-        }
-        _ => None,
-    };
-    findings.finish(|| Rules(Arc::new(compile(&effective, &matchers, compiled, gate))))
+    let origins = if gate.is_none() { compile_matchers(&matchers, &mut findings) } else { None };
+    findings.finish(|| {
+        Rules(Arc::new(match origins {
+            Some(origins) => compile(&effective, origins),
+            None => Core::passing(gate.unwrap_or(PassReason::Unsupported)),
+        }))
+    })
 }
 
-fn compile(
-    cors: &Cors,
-    matchers: &[(Matcher<'_>, bool)],
-    compiled: Result<Matchers, (usize, String)>,
-    gate: Option<PassReason>,
-) -> Core {
-    if let Some(reason) = gate {
-        return Core::passing(reason);
+/// `None` if a regex cannot be modelled and may decide. The filter asks each matcher whether it matches the text `*`,
+/// and if so allows every origin: then such a regex does not matter.
+fn compile_matchers(matchers: &[(usize, Matcher<'_>, bool)], findings: &mut Findings) -> Option<Origins> {
+    let plain: Vec<(Matcher<'_>, bool)> =
+        matchers.iter().map(|&(_, matcher, ignore)| (matcher, ignore)).collect();
+    let (compiled, refused) = Matchers::new(&plain);
+    if compiled.allow(b"*") {
+        return Some(Origins::All);
     }
-    let origins = match compiled {
-        _ if matchers.iter().any(allows_star) => Origins::All,
-        Ok(compiled) => Origins::Matchers(Box::new(compiled)),
-        // Unreachable: without a `*` an error has set the gate. Nothing allowed is the safe reading.
-        Err(_) => return Core::passing(PassReason::Unsupported),
-    };
+    if refused.is_empty() {
+        return Some(Origins::Matchers(Box::new(compiled)));
+    }
+    for (i, error) in refused {
+        findings.warn(
+            "regex-unsupported",
+            ("allow_origin_string_match", Some(matchers[i].0)),
+            format!("the regex cannot be modelled: {error}; preflights of this policy go to the proxy"),
+            "Write it in RE2's common syntax, shorter, or as `exact`, `prefix` or `suffix` matchers.",
+        );
+    }
+    None
+}
+
+fn compile(cors: &Cors, origins: Origins) -> Core {
     let credentials = cors.allow_credentials == Some(true);
     let private_network = cors.allow_private_network_access == Some(true);
     let answer = || {
@@ -183,7 +183,8 @@ fn gate(cors: &Cors, findings: &mut Findings) -> Option<PassReason> {
     }
 }
 
-fn check_matchers<'c>(list: &'c [StringMatcher], findings: &mut Findings) -> Vec<(Matcher<'c>, bool)> {
+/// Each with its position and `ignore_case`.
+fn check_matchers<'c>(list: &'c [StringMatcher], findings: &mut Findings) -> Vec<(usize, Matcher<'c>, bool)> {
     const FIELD: &str = "allow_origin_string_match";
     if list.is_empty() {
         findings.warn(
@@ -234,7 +235,7 @@ fn check_matchers<'c>(list: &'c [StringMatcher], findings: &mut Findings) -> Vec
             Matcher::Exact(text) if text != "*" => check_exact(text, entry.ignore_case, place, findings),
             _ => {}
         }
-        matchers.push((matcher, entry.ignore_case));
+        matchers.push((i, matcher, entry.ignore_case));
     }
     matchers
 }
@@ -318,9 +319,4 @@ fn check_values(cors: &Cors, findings: &mut Findings) {
             "List the origins, or turn `allow_credentials` off.",
         );
     }
-}
-
-/// The filter asks each matcher whether it matches the text `*`, and if so allows every origin.
-fn allows_star(matcher: &(Matcher<'_>, bool)) -> bool {
-    Matchers::new(std::slice::from_ref(matcher)).is_ok_and(|m| m.allow(b"*"))
 }

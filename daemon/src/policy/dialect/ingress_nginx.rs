@@ -260,11 +260,10 @@ fn origins(findings: &mut Findings, value: Option<String>) -> Vec<String> {
 /// `^((((([a-z]+://)?(\*\.)?[A-Za-z0-9\-.]*(:\d+)?,?)|null)+)|\*)?$`, blanks removed. The comma is optional, so it
 /// is a run of such pieces; and a piece may be a lone `*.`.
 fn is_origin_list(text: &str) -> bool {
-    static REGEX: LazyLock<Option<Regexes>> = LazyLock::new(|| {
-        Regexes::new(&[r"((((([a-z]+://)?(\*\.)?[A-Za-z0-9\-.]*(:\d+)?,?)|null)+)|\*)?"]).ok()
-    });
+    static REGEX: LazyLock<Regexes> =
+        LazyLock::new(|| Regexes::new(&[r"((((([a-z]+://)?(\*\.)?[A-Za-z0-9\-.]*(:\d+)?,?)|null)+)|\*)?"]).0);
     // A `*` among others fails here too in nginx, and so ends as the same `*`: no reason for a warning.
-    text.split(',').any(|entry| entry == "*") || REGEX.as_ref().is_some_and(|r| r.is_match(text.as_bytes()))
+    text.split(',').any(|entry| entry == "*") || REGEX.is_match(text.as_bytes())
 }
 
 /// `^([a-z]+://(\*\.)?[A-Za-z0-9\-.]*(:\d+)?|\*|null)?$`
