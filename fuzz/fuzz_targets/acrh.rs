@@ -33,7 +33,7 @@ upstream = "127.0.0.1:81"
 [[policy]]
 name = "list"
 hosts = ["list.test"]
-origins = ["https://a.test", "https://*.b.test", "https://c.test:*", "null"]
+origins = ["https://a.test", "https://*.b.test", "https://c.test:*"]
 methods = ["PUT"]
 headers = ["content-type", "x-a"]
 credentials = true
@@ -213,12 +213,8 @@ fn check(out: &[u8], request: &Preflight<'_>) {
         assert!(methods.split(|b| *b == b',').all(|method| is_token(method.trim_ascii())), "{text}");
     }
     if let Some(names) = one("access-control-allow-headers") {
-        assert!(
-            names
-                .split(|b| *b == b',')
-                .all(|name| name.trim_ascii().is_empty() || is_token(name.trim_ascii())),
-            "{text}"
-        );
+        // An echo is checked byte by byte, not as a list: its blanks are the client's.
+        assert!(names.iter().all(|b| b", \t".contains(b) || is_token(&[*b])), "{text}");
     }
     assert!(request.private_network || one("access-control-allow-private-network").is_none(), "{text}");
 }
