@@ -11,6 +11,7 @@ use std::{
         Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -105,8 +106,13 @@ impl Upstream {
             return Err(io::Error::new(*kind, why.clone()));
         }
         let address = self.config.address;
-        let asked = tokio::task::spawn_blocking(move || detect(address, timeout)).await;
-        match asked.unwrap_or_else(|e| Err(io::Error::other(e))) {
+        let (answer, answered) = tokio::sync::oneshot::channel();
+        // A thread of its own, which no shutdown waits for.
+        thread::Builder::new().name("relay-detect".to_owned()).spawn(move || {
+            // The asker may be gone.
+            let _ = answer.send(detect(address, timeout));
+        })?;
+        match answered.await.unwrap_or_else(|_| Err(io::Error::other("the asking thread panicked"))) {
             Ok(known) => {
                 self.log_protocol(known);
                 Ok(*self.protocol.get_or_init(|| known))
@@ -118,6 +124,15 @@ impl Upstream {
                 Err(io::Error::new(e.kind(), why))
             }
         }
+    }
+
+    /// Logs that the upstream could not be asked at the start.
+    pub(super) fn not_known_yet(&self, e: &io::Error) {
+        tracing::warn!(
+            listener = self.config.name, upstream = %self.config.address, error = %e,
+            "not known yet whether the upstream takes the PROXY protocol: asked again before the next connection; {}",
+            self.remedy(e),
+        );
     }
 
     /// Counts a client that got a 502, and logs it if it is time.
@@ -282,6 +297,37 @@ fn routing(upstream: SocketAddr) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::ListenerId;
+
+    #[test]
+    fn every_failure_has_its_remedy() {
+        let errno = io::Error::from_raw_os_error;
+        for (name, transparent, error, expected) in [
+            ("refused", false, errno(libc::ECONNREFUSED), "is it running and listening on 192.0.2.1:8080?"),
+            ("refused, transparent", true, errno(libc::ECONNREFUSED), "is it running"),
+            ("no answer", false, errno(libc::ETIMEDOUT), "does a firewall drop the packets"),
+            (
+                "no answer, transparent",
+                true,
+                errno(libc::ETIMEDOUT),
+                "`ip rule add from 192.0.2.1 ipproto tcp sport 8080 lookup 123`",
+            ),
+            ("no route", false, errno(libc::EHOSTUNREACH), "is there a route to it?"),
+            ("no descriptors", false, errno(libc::EMFILE), "LimitNOFILE"),
+            ("no ports", false, errno(libc::EADDRNOTAVAIL), "ip_local_port_range"),
+            ("other family, transparent", true, io::ErrorKind::Unsupported.into(), "one listener for each"),
+        ] {
+            let upstream = Upstream::new(super::super::Upstream {
+                listener: ListenerId(0),
+                name: "web".to_owned(),
+                address: SocketAddr::from(([192, 0, 2, 1], 8080)),
+                proxy_protocol: ProxyProtocol::Off,
+                transparent,
+            });
+            let remedy = upstream.remedy(&error);
+            assert!(remedy.contains(expected), "{name}: {remedy}");
+        }
+    }
 
     #[test]
     fn one_line_a_second_with_a_count() {
