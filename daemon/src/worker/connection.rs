@@ -65,7 +65,9 @@ pub(super) enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Wait {
-    /// A request to begin.
+    /// The client's first byte.
+    First,
+    /// The next request to begin.
     Idle,
     /// A head to be completed.
     Head,
@@ -110,6 +112,8 @@ pub(super) struct Connection {
     /// What the timer that runs is for, and whether to start it anew.
     wait: Wait,
     restart: bool,
+    /// A byte has come.
+    spoken: bool,
     listener: ListenerId,
     has_upstream: bool,
 }
@@ -128,7 +132,8 @@ impl Connection {
             eof: false,
             more: false,
             lingered: 0,
-            wait: Wait::Idle,
+            wait: Wait::First,
+            spoken: false,
             restart: true,
             listener: ListenerId(0),
             has_upstream: false,
@@ -179,6 +184,7 @@ impl Connection {
             return;
         }
         self.restart |= self.begin == self.filled;
+        self.spoken = true;
         self.filled += n;
     }
 
@@ -211,7 +217,7 @@ impl Connection {
                 self.refuse(ErrorResponse::RequestTimeout, cx);
             }
             Wait::Relay => self.refuse(ErrorResponse::Overloaded, cx),
-            Wait::Idle => {
+            Wait::First | Wait::Idle => {
                 cx.stats.idle_timeouts.add(1);
                 self.end = End::Dead;
             }
@@ -264,17 +270,15 @@ impl Connection {
     /// What it waits for now, if the timer has to start anew for it.
     #[inline]
     pub(super) fn timer(&mut self) -> Option<Wait> {
-        let wait = if !self.unsent().is_empty() {
-            Wait::Send
-        } else {
-            match self.end {
-                End::Close { .. } | End::Lingering | End::Dead => Wait::Linger,
-                End::HandOver(_) => Wait::Relay,
-                End::Open if self.begin < self.filled => Wait::Head,
-                End::Open => Wait::Idle,
-            }
+        let wait = match self.end {
+            _ if !self.unsent().is_empty() => Wait::Send,
+            End::Close { .. } | End::Lingering | End::Dead => Wait::Linger,
+            End::HandOver(_) => Wait::Relay,
+            End::Open if self.begin < self.filled => Wait::Head,
+            End::Open if self.spoken => Wait::Idle,
+            End::Open => Wait::First,
         };
-        let restart = mem::take(&mut self.restart) | (wait != self.wait);
+        let restart = mem::take(&mut self.restart) || wait != self.wait;
         self.wait = wait;
         restart.then_some(wait)
     }
@@ -513,13 +517,14 @@ mod tests {
 
     #[test]
     fn what_becomes_of_a_connection_however_it_is_split() {
+        /// Name, bytes, whether the client then half-closes, statuses, end.
+        type Case<'a> = (&'a str, Vec<u8>, bool, &'a [u16], Ended);
         let two_then_get = [REQUEST, REQUEST, GET].concat();
         let cut = &REQUEST[..60];
         let foreign =
             String::from_utf8(REQUEST.to_vec()).expect("text").replace("api.example", "www.example");
-        // Bytes, whether the client then half-closes, statuses, end.
         #[rustfmt::skip]
-        let cases: &[(&str, Vec<u8>, bool, &[u16], Ended)] = &[
+        let cases: &[Case<'_>] = &[
             ("keep-alive", REQUEST.to_vec(), false, &[204], Ended::Open),
             ("pipelined", REQUEST.repeat(3), false, &[204, 204, 204], Ended::Open),
             ("half-closed behind requests", REQUEST.repeat(2), true, &[204, 204], Ended::Closed),
@@ -554,7 +559,7 @@ mod tests {
 
     #[test]
     fn without_an_upstream_it_says_why() {
-        let large = [b"OPTIONS / HTTP/1.1\r\nHost: a\r\nX: ", &[b'a'; 20_000][..]].concat();
+        let large = [b"OPTIONS / HTTP/1.1\r\nHost: a\r\nX: ", &vec![b'a'; 20_000][..]].concat();
         for (name, bytes, eof, status) in [
             ("another method", GET.to_vec(), false, 421),
             ("malformed", b"OPTIONS / HTTP/1.1\r\nHost : a\r\n\r\n".to_vec(), false, 400),
@@ -639,7 +644,7 @@ mod tests {
             steps.push(driver.connection.timer());
         }
         // The second piece of a head does not give it more time; an answer begins a new idleness.
-        assert_eq!(steps, [Some(Wait::Idle), Some(Wait::Head), None, Some(Wait::Idle)]);
+        assert_eq!(steps, [Some(Wait::First), Some(Wait::Head), None, Some(Wait::Idle)]);
         driver.feed(&[REQUEST, first].concat());
         assert_eq!(driver.connection.timer(), Some(Wait::Head));
         driver.feed(&[second, third, first].concat());

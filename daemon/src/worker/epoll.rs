@@ -57,7 +57,7 @@ struct Listener {
 /// A worker on epoll.
 #[derive(Debug)]
 pub(super) struct Epoll {
-    epoll: OwnedFd,
+    queue: OwnedFd,
     entries: Vec<Entry>,
     free: Vec<u32>,
     listeners: Vec<Listener>,
@@ -72,20 +72,20 @@ pub(super) struct Epoll {
 impl Epoll {
     /// Registers the listeners.
     pub(super) fn new(listeners: Vec<WorkerListener>, shared: Shared) -> io::Result<Self> {
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, shared.tables.wake_fd(), EventData::new_u64(TABLE), EventFlags::IN)?;
-        epoll::add(&epoll, &shared.stop.wake, EventData::new_u64(STOP), EventFlags::IN | EventFlags::ET)?;
+        let queue = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&queue, shared.tables.wake_fd(), EventData::new_u64(TABLE), EventFlags::IN)?;
+        epoll::add(&queue, &shared.stop.wake, EventData::new_u64(STOP), EventFlags::IN | EventFlags::ET)?;
         let listeners = listeners
             .into_iter()
             .enumerate()
             .map(|(index, WorkerListener { id, socket, has_upstream })| {
                 rustix::io::ioctl_fionbio(&socket, true)?;
-                epoll::add(&epoll, &socket, EventData::new_u64(LISTENER + index as u64), EventFlags::IN)?;
+                epoll::add(&queue, &socket, EventData::new_u64(LISTENER + index as u64), EventFlags::IN)?;
                 Ok(Listener { id, has_upstream, socket: Some(socket), watched: true })
             })
             .collect::<io::Result<_>>()?;
         Ok(Self {
-            epoll,
+            queue,
             entries: Vec::new(),
             free: Vec::new(),
             listeners,
@@ -106,7 +106,7 @@ impl Epoll {
         while !self.finished() {
             let timeout = self.timeout();
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+            match epoll::wait(&self.queue, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
                     return Err(io::Error::new(error.kind(), format!("epoll_wait failed: {error}")));
@@ -213,7 +213,7 @@ impl Epoll {
             entry.writable = true;
             entry.hung_up = false;
             self.shared.live += 1;
-            if epoll::add(&self.epoll, &client, EventData::new_u64(data), flags).is_err() {
+            if epoll::add(&self.queue, &client, EventData::new_u64(data), flags).is_err() {
                 entry.connection.fail();
             }
             entry.socket = Some(client);
@@ -225,7 +225,7 @@ impl Epoll {
     /// Keeps within the cap, if need be by closing the longest idle connection. False: none is idle.
     fn make_room(&mut self) -> bool {
         while self.shared.live > self.shared.limits.max_connections {
-            let Some(slot) = self.shared.timers.take_longest_idle() else {
+            let Some(slot) = self.shared.take_victim() else {
                 if !mem::replace(&mut self.capped, true) {
                     self.shared.stats.capped.add(1);
                 }
@@ -249,7 +249,7 @@ impl Epoll {
             {
                 let flags = if watch { EventFlags::IN } else { EventFlags::empty() };
                 let data = EventData::new_u64(LISTENER + index as u64);
-                listener.watched = epoll::modify(&self.epoll, socket, data, flags).is_ok() == watch;
+                listener.watched = epoll::modify(&self.queue, socket, data, flags).is_ok() == watch;
             }
         }
     }
@@ -312,7 +312,7 @@ impl Epoll {
         self.release(slot);
         // As the relay's ring wants it: out of this epoll, and blocking.
         let ready =
-            epoll::delete(&self.epoll, &client).and_then(|()| rustix::io::ioctl_fionbio(&client, false));
+            epoll::delete(&self.queue, &client).and_then(|()| rustix::io::ioctl_fionbio(&client, false));
         if ready.is_ok() {
             self.shared.hand_over(Handoff { client, listener, bytes, eof, reason });
         } else {

@@ -119,28 +119,31 @@ impl Workers {
             }
         }
         info!(engine = %engine, workers = setups.len(), "starting workers");
+        Self::start_on(engine, setups, limits)
+    }
+
+    fn start_on(engine: Engine, setups: Vec<WorkerSetup>, limits: ConnectionLimits) -> io::Result<Workers> {
         let mut workers = Workers { engine: engine.to_string(), threads: Vec::new(), stops: Vec::new() };
         let (started, starts) = mpsc::channel();
         let count = setups.len();
-        for setup in setups {
+        let mut spawn = |setup: WorkerSetup| {
             let stop = Arc::new(Stop::new()?);
             workers.stops.push(Arc::clone(&stop));
             let started = started.clone();
             let name = format!("worker-{}", setup.index);
-            let run = move || run(setup, engine, limits, stop, &started);
+            let run = move || run(setup, engine, limits, stop, started);
             workers.threads.push(thread::Builder::new().name(name).spawn(run)?);
-        }
+            Ok(())
+        };
+        let spawned: io::Result<()> = setups.into_iter().try_for_each(&mut spawn);
         drop(started);
-        // A worker that fails says so by its result; the others then stop as the senders of their order go.
-        let ready = starts.iter().take(count).count();
-        if ready < count {
-            workers.shutdown(Duration::ZERO);
-            return Err(workers
-                .join()
-                .err()
-                .unwrap_or_else(|| io::Error::other("a worker ended while starting")));
+        // A worker drops its sender when it has started or failed.
+        if spawned.is_ok() && starts.iter().count() == count {
+            return Ok(workers);
         }
-        Ok(workers)
+        workers.shutdown(Duration::ZERO);
+        let failed = workers.join();
+        spawned.and(failed).and(Err(io::Error::other("a worker ended while it was starting")))
     }
 
     /// The engine in use: `io_uring` or `epoll`, with its features, for logs and metrics.
@@ -187,7 +190,9 @@ impl Engine {
         if choice == EngineChoice::Epoll {
             return Ok(Engine::Epoll);
         }
-        match Features::probe() {
+        // On a thread of its own: a ring's end interrupts system calls of the thread that made it.
+        let probed = thread::scope(|scope| scope.spawn(Features::probe).join());
+        match probed.unwrap_or_else(|_| Err(io::Error::other("the probe panicked"))) {
             Ok(features) => Ok(Engine::Uring(features)),
             Err(error) if choice == EngineChoice::Auto && error.kind() == io::ErrorKind::Unsupported => {
                 warn!(%error, "no io_uring here: the workers use epoll");
@@ -218,7 +223,7 @@ fn run(
     engine: Engine,
     limits: ConnectionLimits,
     stop: Arc<Stop>,
-    started: &mpsc::Sender<()>,
+    started: mpsc::Sender<()>,
 ) -> io::Result<()> {
     let WorkerSetup { index, cpu, listeners, tables, relay, stats } = setup;
     if let Some(cpu) = cpu {
@@ -230,13 +235,15 @@ fn run(
     }
     let slots = uring::entries(limits.max_connections, listeners.len());
     let shared = Shared::new(tables, relay, stats, limits, stop, slots);
+    // Moved, not borrowed: the starting thread waits until every sender is gone.
+    let announce = |started: mpsc::Sender<()>| started.send(()).unwrap_or_default();
     let result = match engine {
         Engine::Uring(features) => Uring::new(features, listeners, shared).and_then(|uring| {
-            let _ = started.send(());
+            announce(started);
             uring.run()
         }),
         Engine::Epoll => Epoll::new(listeners, shared).and_then(|epoll| {
-            let _ = started.send(());
+            announce(started);
             epoll.run()
         }),
     };

@@ -34,6 +34,9 @@ pub(super) const HANDOFF_RETRY: Duration = Duration::from_millis(5);
 /// How long accepting pauses after it failed for want of descriptors or memory.
 pub(super) const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
+/// How long a new connection has to send its first byte before it may be closed for others, in milliseconds.
+const FIRST: u64 = 1000;
+
 /// The order to stop, from any thread to one worker.
 #[derive(Debug)]
 pub(super) struct Stop {
@@ -122,12 +125,25 @@ impl Shared {
     #[inline]
     pub(super) fn start_timer(&mut self, slot: usize, wait: Wait) {
         let timeout = match wait {
-            Wait::Idle => self.limits.idle_timeout,
+            Wait::First | Wait::Idle => self.limits.idle_timeout,
             Wait::Head | Wait::Relay => self.limits.header_timeout,
             Wait::Send => self.limits.send_timeout,
             Wait::Linger => LINGER,
         };
         self.timers.start(slot, wait, self.clock.now + timeout.as_millis() as u64);
+    }
+
+    /// The connection to close for one beyond the cap: the longest idle one. Who has just come and not sent a byte yet
+    /// is about to; only after [`FIRST`] it counts as idle. Its timer stops.
+    pub(super) fn take_victim(&mut self) -> Option<usize> {
+        let first_before =
+            (self.clock.now + self.limits.idle_timeout.as_millis() as u64).saturating_sub(FIRST);
+        self.timers.take_longest_idle(first_before)
+    }
+
+    /// Any idle connection; its timer stops.
+    pub(super) fn take_idle(&mut self) -> Option<usize> {
+        self.timers.take_longest_idle(NONE)
     }
 
     /// How often timers are looked at.
@@ -154,7 +170,7 @@ impl Shared {
             match back {
                 Ok(()) => self.stats.handed_over.add(1),
                 Err(handoff) if self.relay.is_none() || deadline <= self.clock.now => {
-                    self.turn_away(&handoff)
+                    self.turn_away(&handoff);
                 }
                 Err(handoff) => return self.waiting.push_front((handoff, deadline)),
             }
@@ -279,16 +295,17 @@ impl Timers {
 
     /// Every idle connection, in no order.
     pub(super) fn idle(&self) -> impl Iterator<Item = usize> {
-        self.deadlines.iter().enumerate().filter(|(_, deadline)| is_idle(**deadline)).map(|(slot, _)| slot)
+        (0..self.deadlines.len()).filter(|slot| self.is_idle(*slot))
     }
 
     /// Whether the connection is idle.
     pub(super) fn is_idle(&self, slot: usize) -> bool {
-        is_idle(self.deadlines[slot])
+        is_idle(self.deadlines[slot], NONE)
     }
 
-    /// The connection that has been idle for longest; its timer stops.
-    pub(super) fn take_longest_idle(&mut self) -> Option<usize> {
+    /// The connection that has been idle for longest; its timer stops. One that has not sent a byte yet counts only if
+    /// its time is over before `first_before`.
+    fn take_longest_idle(&mut self, first_before: u64) -> Option<usize> {
         for _ in 0..2 {
             while let Some((deadline, slot)) = self.idle.pop() {
                 // Still the same idleness?
@@ -297,13 +314,9 @@ impl Timers {
                     return Some(slot as usize);
                 }
             }
-            self.idle.extend(
-                self.deadlines
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, deadline)| is_idle(**deadline))
-                    .map(|(slot, deadline)| (*deadline, slot as u32)),
-            );
+            let all = self.deadlines.iter().zip(0..);
+            let idle = all.filter(|(deadline, _)| is_idle(**deadline, first_before));
+            self.idle.extend(idle.map(|(deadline, slot)| (*deadline, slot)));
             if self.idle.len() > CANDIDATES {
                 self.idle.select_nth_unstable(CANDIDATES);
                 self.idle.truncate(CANDIDATES);
@@ -314,12 +327,17 @@ impl Timers {
     }
 }
 
-fn is_idle(deadline: u64) -> bool {
-    deadline != NONE && kind(deadline) == Wait::Idle
+fn is_idle(deadline: u64, first_before: u64) -> bool {
+    deadline != NONE
+        && match kind(deadline) {
+            Wait::Idle => true,
+            Wait::First => deadline >> KIND_BITS <= first_before,
+            _ => false,
+        }
 }
 
 fn kind(deadline: u64) -> Wait {
-    const KINDS: [Wait; 5] = [Wait::Idle, Wait::Head, Wait::Send, Wait::Linger, Wait::Relay];
+    const KINDS: [Wait; 6] = [Wait::First, Wait::Idle, Wait::Head, Wait::Send, Wait::Linger, Wait::Relay];
     KINDS[(deadline & ((1 << KIND_BITS) - 1)) as usize]
 }
 
@@ -350,13 +368,23 @@ mod tests {
         for slot in 0..300 {
             timers.start(slot, if slot % 3 == 0 { Wait::Head } else { Wait::Idle }, 1000 - slot as u64);
         }
-        assert_eq!(timers.take_longest_idle(), Some(299));
+        assert_eq!(timers.take_longest_idle(NONE), Some(299));
         timers.start(298, Wait::Idle, 5000);
         timers.start(296, Wait::Head, 1);
-        let order: Vec<_> = std::iter::from_fn(|| timers.take_longest_idle()).collect();
+        let order: Vec<_> = std::iter::from_fn(|| timers.take_longest_idle(NONE)).collect();
         assert_eq!(order.len(), 198);
         assert_eq!(&order[..3], [295, 293, 292]);
         assert_eq!(order.last(), Some(&298));
+    }
+
+    #[test]
+    fn who_has_just_come_is_not_idle() {
+        let mut timers = Timers::new(2);
+        timers.start(0, Wait::First, 650);
+        timers.start(1, Wait::First, 600);
+        assert_eq!(timers.take_longest_idle(599), None);
+        assert_eq!(timers.take_longest_idle(600), Some(1));
+        assert_eq!(timers.take_longest_idle(600), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Both engines over real sockets, with a real relay and upstream behind them.
 
 use super::{
-    ConnectionLimits, EngineChoice, WorkerListener, WorkerSetup, Workers, listen,
+    ConnectionLimits, Engine, EngineChoice, Features, WorkerListener, WorkerSetup, Workers, listen,
     testing::{GET, HEAD_LIMITS, REQUEST, request, table},
 };
 use crate::{
@@ -19,7 +19,12 @@ use std::{
     time::Duration,
 };
 
-const ENGINES: [EngineChoice; 2] = [EngineChoice::IoUring, EngineChoice::Epoll];
+/// All engines, io_uring also as older kernels have it.
+fn engines() -> impl Iterator<Item = Engine> {
+    let features = Features::probe().expect("io_uring");
+    let older = features.of_older_kernels().map(Engine::Uring);
+    [Engine::Uring(features), Engine::Epoll].into_iter().chain(older)
+}
 
 /// Nothing here takes so long unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -34,7 +39,7 @@ const LIMITS: ConnectionLimits = ConnectionLimits {
 
 /// Running workers and what is behind them.
 struct Site {
-    engine: EngineChoice,
+    engine: Engine,
     address: SocketAddr,
     publisher: Publisher,
     stats: Arc<WorkerStats>,
@@ -44,7 +49,7 @@ struct Site {
 
 impl Site {
     /// One worker; `upstream`: with one that records what each connection brings and answers it at its end.
-    fn start(engine: EngineChoice, limits: ConnectionLimits, upstream: bool) -> Self {
+    fn start(engine: Engine, limits: ConnectionLimits, upstream: bool) -> Self {
         let socket = listen::open("127.0.0.1:0".parse().expect("address")).expect("listen");
         let address = TcpListener::from(socket.try_clone().expect("clone")).local_addr().expect("address");
         let (publisher, tables) = Publisher::new(1, Arc::new(table(1))).expect("publisher");
@@ -65,7 +70,7 @@ impl Site {
             relay: handle,
             stats: Arc::clone(&stats),
         };
-        let workers = Workers::start(vec![setup], engine, limits).expect("workers");
+        let workers = Workers::start_on(engine, vec![setup], limits).expect("workers");
         Self { engine, address, publisher, stats, workers, upstream: relay }
     }
 
@@ -170,13 +175,8 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 
 #[test]
 fn answers_keep_alive_and_close() {
-    for engine in ENGINES {
+    for engine in engines() {
         let site = Site::start(engine, LIMITS, false);
-        assert!(site.workers.engine().starts_with(if engine == EngineChoice::Epoll {
-            "epoll"
-        } else {
-            "io_uring"
-        }));
         let mut client = site.connect();
         for _ in 0..100 {
             assert!(is_allowed(&exchange(&mut client, REQUEST)), "{engine:?}");
@@ -190,7 +190,7 @@ fn answers_keep_alive_and_close() {
 
 #[test]
 fn pipelined_in_order_then_the_upstreams() {
-    for engine in ENGINES {
+    for engine in engines() {
         let site = Site::start(engine, LIMITS, true);
         let mut client = site.connect();
         let body = vec![b'x'; 200_000];
@@ -207,7 +207,7 @@ fn pipelined_in_order_then_the_upstreams() {
 
 #[test]
 fn a_cut_off_head_and_the_end_of_file_reach_the_upstream() {
-    for engine in ENGINES {
+    for engine in engines() {
         let site = Site::start(engine, LIMITS, true);
         for len in [1, 8, 40, REQUEST.len() - 1] {
             let mut client = site.connect();
@@ -225,7 +225,7 @@ fn a_cut_off_head_and_the_end_of_file_reach_the_upstream() {
 /// A close with unread bytes is a reset, which takes the answer along. With pipelined bytes, with a body on its way.
 #[test]
 fn no_reset_eats_the_last_answer() {
-    for engine in ENGINES {
+    for engine in engines() {
         let site = Site::start(engine, LIMITS, false);
         for i in 0..50 {
             let mut client = site.connect();
@@ -237,7 +237,7 @@ fn no_reset_eats_the_last_answer() {
             let mut client = site.connect();
             client.write_all(b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n").expect("send");
             thread::sleep(Duration::from_millis(1));
-            client.write_all(&[b'x'; 100_000]).unwrap_or_else(|error| panic!("{engine:?}, {i}: {error}"));
+            client.write_all(&vec![b'x'; 100_000]).unwrap_or_else(|error| panic!("{engine:?}, {i}: {error}"));
             let all = rest(&mut client).unwrap_or_else(|error| panic!("{engine:?}, {i}: {error}"));
             assert!(all.starts_with("HTTP/1.1 421 "), "{engine:?}, {i}: {all}");
         }
@@ -248,7 +248,7 @@ fn no_reset_eats_the_last_answer() {
 #[test]
 fn timeouts_end_what_hangs() {
     let short = Duration::from_millis(200);
-    for engine in ENGINES {
+    for engine in engines() {
         let limits =
             ConnectionLimits { header_timeout: short, idle_timeout: short, send_timeout: short, ..LIMITS };
         let site = Site::start(engine, limits, true);
@@ -268,7 +268,7 @@ fn timeouts_end_what_hangs() {
 
 #[test]
 fn a_client_that_does_not_read_is_not_read_from_and_then_closed() {
-    for engine in ENGINES {
+    for engine in engines() {
         let limits = ConnectionLimits { send_timeout: Duration::from_millis(500), ..LIMITS };
         let site = Site::start(engine, limits, false);
         let mut client = site.connect();
@@ -289,7 +289,7 @@ fn a_client_that_does_not_read_is_not_read_from_and_then_closed() {
 /// With the small buffers at both ends, answers go out in many short sends; a linked close must not cut them.
 #[test]
 fn a_slow_reader_gets_all_answers_before_the_close() {
-    for engine in ENGINES {
+    for engine in engines() {
         let site = Site::start(engine, LIMITS, false);
         let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).expect("socket");
         sockopt::set_socket_recv_buffer_size(&socket, 2048).expect("buffer");
@@ -313,7 +313,7 @@ fn a_slow_reader_gets_all_answers_before_the_close() {
 
 #[test]
 fn beyond_the_cap_the_longest_idle_goes() {
-    for engine in ENGINES {
+    for engine in engines() {
         let limits = ConnectionLimits { max_connections: 4, ..LIMITS };
         let site = Site::start(engine, limits, true);
         let mut clients: Vec<_> = (0..4).map(|_| site.connect()).collect();
@@ -334,7 +334,7 @@ fn beyond_the_cap_the_longest_idle_goes() {
 /// None can be closed for it: accepting pauses until one ends.
 #[test]
 fn beyond_the_cap_of_busy_ones_others_wait() {
-    for engine in ENGINES {
+    for engine in engines() {
         let limits = ConnectionLimits { max_connections: 2, ..LIMITS };
         let site = Site::start(engine, limits, true);
         let mut busy: Vec<_> = (0..4).map(|_| site.connect()).collect();
@@ -352,7 +352,7 @@ fn beyond_the_cap_of_busy_ones_others_wait() {
 
 #[test]
 fn tables_change_between_two_requests() {
-    for engine in ENGINES {
+    for engine in engines() {
         let mut site = Site::start(engine, LIMITS, false);
         let mut client = site.connect();
         let mut begun = site.connect();
@@ -379,7 +379,7 @@ fn tables_change_between_two_requests() {
 
 #[test]
 fn shutdown_serves_what_was_accepted_and_what_has_begun() {
-    for engine in ENGINES {
+    for engine in engines() {
         let site = Site::start(engine, LIMITS, true);
         let mut idle = site.connect();
         assert!(is_allowed(&exchange(&mut idle, REQUEST)), "{engine:?}");
@@ -406,7 +406,7 @@ fn shutdown_serves_what_was_accepted_and_what_has_begun() {
 
 #[test]
 fn grace_is_the_longest_that_a_shutdown_takes() {
-    for engine in ENGINES {
+    for engine in engines() {
         let site = Site::start(engine, LIMITS, true);
         let mut begun = site.connect();
         begun.write_all(&REQUEST[..50]).expect("send");
@@ -421,7 +421,7 @@ fn grace_is_the_longest_that_a_shutdown_takes() {
 /// All kinds of ends, thousands of times: no connection and no descriptor stays behind.
 #[test]
 fn nothing_is_left_of_thousands_of_connections() {
-    for engine in ENGINES {
+    for engine in engines() {
         let site = Site::start(engine, LIMITS, true);
         let address = site.address;
         let close = request("Connection: close\r\n");
@@ -463,9 +463,37 @@ fn nothing_is_left_of_thousands_of_connections() {
 }
 
 #[test]
-fn an_engine_by_name_or_an_error() {
-    let none = |engine| Workers::start(Vec::new(), engine, LIMITS);
-    for engine in [EngineChoice::Auto, EngineChoice::IoUring, EngineChoice::Epoll] {
-        none(engine).expect("engine").join().expect("nothing to join");
+fn an_engine_by_name() {
+    for (choice, name) in [
+        (EngineChoice::Auto, "io_uring ("),
+        (EngineChoice::IoUring, "io_uring ("),
+        (EngineChoice::Epoll, "epoll"),
+    ] {
+        let workers = Workers::start(Vec::new(), choice, LIMITS).expect(name);
+        assert!(workers.engine().starts_with(name), "{}", workers.engine());
+        workers.join().expect(name);
+    }
+}
+
+#[test]
+fn one_worker_that_cannot_start_stops_all() {
+    for engine in engines() {
+        let (_publisher, tables) = Publisher::new(2, Arc::new(table(1))).expect("publisher");
+        let good = listen::open("127.0.0.1:0".parse().expect("address")).expect("listen");
+        let address = TcpListener::from(good.try_clone().expect("clone")).local_addr().expect("address");
+        // What can be neither polled nor made blocking.
+        let bad = rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).expect("open");
+        let setups =
+            tables.into_iter().zip([good, bad]).enumerate().map(|(index, (tables, socket))| WorkerSetup {
+                index,
+                cpu: None,
+                listeners: vec![WorkerListener { id: ListenerId(0), socket, has_upstream: false }],
+                tables,
+                relay: None,
+                stats: Arc::new(WorkerStats::new(1)),
+            });
+        let failed = Workers::start_on(engine, setups.collect(), LIMITS);
+        assert_eq!(failed.expect_err("no listener").raw_os_error(), Some(libc::EBADF), "{engine:?}");
+        assert!(TcpStream::connect(address).is_err(), "{engine:?}: the other one still listens");
     }
 }

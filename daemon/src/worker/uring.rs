@@ -112,6 +112,13 @@ impl Features {
         builder.build(submissions)
     }
 
+    /// As on a kernel without FIXED_FD_INSTALL, or without deferred task work either.
+    #[cfg(test)]
+    pub(super) fn of_older_kernels(self) -> [Self; 2] {
+        let plain = Self { direct: false, ..self };
+        [plain, Self { single_issuer: false, defer_taskrun: false, ..plain }]
+    }
+
     /// The file table is registered whole, and may not be larger than the limit on open files.
     pub(super) fn is_direct(self) -> bool {
         self.direct
@@ -364,11 +371,7 @@ impl Uring {
                     self.watch(op::TABLE);
                 }
             }
-            op::STOP => {
-                if self.shared.check_stop() {
-                    self.begin_drain();
-                }
-            }
+            op::STOP => self.begin_drain(),
             _ => {}
         }
     }
@@ -398,7 +401,7 @@ impl Uring {
         if self.entries[slot].in_flight == 0 {
             self.step(slot);
         } else {
-            self.shared.start_timer(slot, Wait::Idle);
+            self.shared.start_timer(slot, Wait::First);
         }
     }
 
@@ -413,13 +416,11 @@ impl Uring {
         }
         let doom = self.take_doom(slot);
         let entry = &mut self.entries[slot];
-        match result {
-            0.. => entry.connection().received(result as usize, nonempty),
-            _ => match -result {
-                libc::ECANCELED if let Some(doom) = doom => return self.apply(slot, doom),
-                libc::EAGAIN | libc::EINTR => {}
-                _ => entry.connection().fail(),
-            },
+        match completed(result) {
+            Ok(n) => entry.connection().received(n, nonempty),
+            Err(libc::ECANCELED) if let Some(doom) = doom => return self.apply(slot, doom),
+            Err(libc::EAGAIN | libc::EINTR) => {}
+            Err(_) => entry.connection().fail(),
         }
         if doom.is_some() {
             // It came just in time. Its timer has stopped.
@@ -433,13 +434,11 @@ impl Uring {
         let entry = &mut self.entries[slot];
         // A failed or short send took a linked close with it: that one posts nothing.
         entry.in_flight &= !(op::SEND | op::CLOSE);
-        match result {
-            0.. => entry.connection().sent(result as usize),
-            _ => match -result {
-                libc::ECANCELED if let Some(doom) = doom => return self.apply(slot, doom),
-                libc::EAGAIN | libc::EINTR => {}
-                _ => entry.connection().fail(),
-            },
+        match completed(result) {
+            Ok(n) => entry.connection().sent(n),
+            Err(libc::ECANCELED) if let Some(doom) = doom => return self.apply(slot, doom),
+            Err(libc::EAGAIN | libc::EINTR) => {}
+            Err(_) => entry.connection().fail(),
         }
         if doom.is_some() {
             entry.connection().restart_timer();
@@ -456,11 +455,11 @@ impl Uring {
             }
             return;
         }
-        if let Some(fd) = entry.fd.take() {
-            if result >= 0 {
-                // Closed by the ring.
-                let _ = fd.into_raw_fd();
-            }
+        if let Some(fd) = entry.fd.take()
+            && result >= 0
+        {
+            // Closed by the ring.
+            let _ = fd.into_raw_fd();
         }
         self.shared.timers.stop(slot);
         self.shared.stats.closed.add(1);
@@ -593,7 +592,7 @@ impl Uring {
     fn drain_idle(&mut self) {
         while self.shared.draining.is_some()
             && self.room() > CHUNK
-            && let Some(slot) = self.shared.timers.take_longest_idle()
+            && let Some(slot) = self.shared.take_idle()
         {
             self.doom(slot, Doom::Drain);
         }
@@ -601,6 +600,9 @@ impl Uring {
 
     /// Stops accepting: first the armed accepts, then ([`Uring::drain_listener`]) what the kernel has in its queue.
     fn begin_drain(&mut self) {
+        if !self.shared.check_stop() {
+            return;
+        }
         for slot in 0..self.entries.len() {
             if self.entries[slot].state == State::Accepting {
                 self.push_cancel(slot, op::ACCEPT);
@@ -651,18 +653,14 @@ impl Uring {
         }
         let max = self.shared.limits.max_connections;
         while self.shared.live > max + self.evicting {
-            match self.shared.timers.take_longest_idle() {
-                Some(slot) => {
+            let Some(slot) = self.shared.take_victim() else {
+                if !mem::replace(&mut self.capped, true) {
                     self.shared.stats.capped.add(1);
-                    self.doom(slot, Doom::Evict);
                 }
-                None => {
-                    if !mem::replace(&mut self.capped, true) {
-                        self.shared.stats.capped.add(1);
-                    }
-                    return;
-                }
-            }
+                return;
+            };
+            self.shared.stats.capped.add(1);
+            self.doom(slot, Doom::Evict);
         }
         self.capped = false;
         if self.shared.clock.now < self.accept_after {
@@ -748,7 +746,7 @@ impl Uring {
     fn fd(&self, slot: usize) -> Fd {
         Fd(match &self.entries[slot].fd {
             Some(fd) => fd.as_raw_fd(),
-            None => slot as i32,
+            None => (slot as u32).cast_signed(),
         })
     }
 
@@ -896,6 +894,11 @@ impl Timer {
 
 fn user_data(kind: u8, generation: u32, slot: usize) -> u64 {
     (slot as u64) << 32 | u64::from(generation & 0xff_ffff) << 8 | u64::from(kind)
+}
+
+/// The bytes of a completion, or its errno.
+fn completed(result: i32) -> Result<usize, i32> {
+    usize::try_from(result).map_err(|_| -result)
 }
 
 /// One `io_uring_enter`; what only means "reap completions first" or "interrupted" is no error.
