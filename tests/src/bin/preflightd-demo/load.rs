@@ -73,6 +73,7 @@ fn page() -> Vec<u8> {
 #[derive(Default)]
 pub(crate) struct Seen {
     stop: AtomicBool,
+    passed: AtomicU64,
     failed: AtomicU64,
     /// Of preflights since it was last taken, in nanoseconds.
     latencies: Mutex<Vec<u64>>,
@@ -93,6 +94,11 @@ impl Seen {
         self.stop.store(true, Ordering::Release);
     }
 
+    /// Requests that nginx has answered.
+    pub(crate) fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
+    }
+
     /// Requests that got no answer or a wrong one.
     pub(crate) fn failed(&self) -> u64 {
         self.failed.load(Ordering::Relaxed)
@@ -111,15 +117,13 @@ impl Seen {
             let start = Instant::now();
             let outcome = exchange(&mut client, site, &request);
             let taken = start.elapsed();
-            if outcome.is_ok_and(|status| status == kind.wanted) {
-                if kind.wanted != 200
-                    && let Ok(mut latencies) = self.latencies.lock()
-                {
-                    latencies.push(u64::try_from(taken.as_nanos()).unwrap_or(u64::MAX));
-                }
-            } else {
+            if !outcome.is_ok_and(|status| status == kind.wanted) {
                 self.failed.fetch_add(1, Ordering::Relaxed);
                 client = None;
+            } else if kind.wanted == 200 {
+                self.passed.fetch_add(1, Ordering::Relaxed);
+            } else if let Ok(mut latencies) = self.latencies.lock() {
+                latencies.push(u64::try_from(taken.as_nanos()).unwrap_or(u64::MAX));
             }
             if kind.new_connections {
                 client = None;

@@ -71,6 +71,7 @@ pub(crate) fn run(stage: &Stage) -> Fallible<ExitCode> {
     let mut show = net.on_client(&this);
     show.arg("show")
         .args(["--place", &place])
+        .args(["--prefix", &net.prefix()])
         .args(["--site", &addresses.site.to_string()])
         .args(["--admin", &addresses.admin.to_string()])
         .args(["--daemon-pid", &daemon.0.id().to_string()])
@@ -180,6 +181,14 @@ impl Net {
         match self {
             Self::Loopback => Command::new(program),
             Self::Namespaces { client, .. } => client.command(program),
+        }
+    }
+
+    /// What a user puts before a command to run it where the client is.
+    fn prefix(&self) -> String {
+        match self {
+            Self::Loopback => String::new(),
+            Self::Namespaces { client, .. } => format!("ip netns exec {} ", client.name()),
         }
     }
 

@@ -15,8 +15,12 @@ use std::{
 
 #[derive(clap::Args)]
 pub(crate) struct Scene {
+    /// Where everything is, in words
     #[arg(long)]
     place: String,
+    /// What to put before a command that shall run where the client is
+    #[arg(long)]
+    prefix: String,
     #[arg(long)]
     site: SocketAddr,
     #[arg(long)]
@@ -86,13 +90,13 @@ fn load(scene: &Scene) -> Fallible<()> {
 
 fn watch(scene: &Scene, seen: &Seen, screen: &mut Screen) -> Fallible<()> {
     let start = Instant::now();
-    let first = Totals::read(scene)?;
+    let first = Totals::read(scene, seen)?;
     let mut last = first;
     let mut all = Vec::new();
     for second in 1..=scene.seconds {
         let due = start + Duration::from_secs(second);
         thread::sleep(due.saturating_duration_since(Instant::now()));
-        let now = Totals::read(scene)?;
+        let now = Totals::read(scene, seen)?;
         let latencies = seen.take();
         let title = format!("{second:>3} of {} s", scene.seconds);
         screen.frame(&Frame::new(title, &last, &now, latencies.clone(), seen.failed()));
@@ -107,23 +111,24 @@ fn watch(scene: &Scene, seen: &Seen, screen: &mut Screen) -> Fallible<()> {
 #[derive(Clone, Copy)]
 struct Totals {
     at: Instant,
-    allowed: f64,
-    denied: f64,
-    passed: f64,
+    allowed: u64,
+    denied: u64,
+    passed: u64,
     daemon_cpu: Duration,
     nginx_cpu: Duration,
 }
 
 impl Totals {
-    fn read(scene: &Scene) -> Fallible<Self> {
+    fn read(scene: &Scene, seen: &Seen) -> Fallible<Self> {
         let response = fetch(scene.admin, "/metrics").map_err(|e| format!("reading the metrics: {e}"))?;
         let metrics = Metrics::parse(&String::from_utf8_lossy(&response.body));
-        let sum = |outcome: &str| metrics.sum("preflightd_requests_total", &[("outcome", outcome)]);
+        let count = |outcome: &str| metrics.count("preflightd_requests_total", &[("outcome", outcome)]);
         Ok(Self {
             at: Instant::now(),
-            allowed: sum("allowed"),
-            denied: sum("denied"),
-            passed: sum("passed"),
+            allowed: count("allowed"),
+            denied: count("denied"),
+            // Seen from the client: the daemon counts a relayed connection once, whatever follows on it.
+            passed: seen.passed(),
             daemon_cpu: cpu(scene.daemon_pid),
             nginx_cpu: cpu(scene.nginx_pid),
         })
@@ -165,9 +170,9 @@ impl Frame {
         Self {
             title,
             seconds,
-            allowed: to.allowed - from.allowed,
-            denied: to.denied - from.denied,
-            passed: to.passed - from.passed,
+            allowed: (to.allowed - from.allowed) as f64,
+            denied: (to.denied - from.denied) as f64,
+            passed: (to.passed - from.passed) as f64,
             p50: quantile(50),
             p99: quantile(99),
             daemon_cpu: (to.daemon_cpu.saturating_sub(from.daemon_cpu)).as_secs_f64(),
@@ -279,7 +284,27 @@ fn exchanges(scene: &Scene) -> Fallible<()> {
             return Err(format!("curl was expected to get {wanted}: {}", error.trim()));
         }
     }
-    Ok(())
+    explain(scene)
+}
+
+/// The daemon's own account of the second one.
+fn explain(scene: &Scene) -> Fallible<()> {
+    let arguments =
+        ["--url", "http://api.example.com/v1/cart", "--origin", "https://evil.example", "--method", "PUT"];
+    println!("\n# Why was the second one denied?");
+    println!("$ preflightd explain --config preflightd.toml {}", arguments.join(" "));
+    let output = Command::new(&scene.preflightd)
+        .args(["explain", "--config"])
+        .arg(&scene.config)
+        .args(arguments)
+        .output()
+        .map_err(|e| format!("running preflightd explain: {e}"))?;
+    println!("{}", String::from_utf8_lossy(&output.stdout).trim_end());
+    // 1 is a finding: the request is denied.
+    if output.status.code() == Some(1) {
+        return Ok(());
+    }
+    Err(format!("explain: {} {}", output.status, String::from_utf8_lossy(&output.stderr).trim()))
 }
 
 fn quote(argument: &str) -> String {
@@ -287,16 +312,16 @@ fn quote(argument: &str) -> String {
 }
 
 fn what_next(scene: &Scene) {
-    let file = scene.preflightd.display();
     println!("\nWhat to try next:");
     println!(
-        "  cargo xtask demo --stay        the same, and stays until Ctrl-C: curl it, edit its configuration"
+        "  cargo xtask demo --stay      the same, and it stays until Ctrl-C, to be asked and changed by hand"
     );
     if scene.stay {
-        println!("    its configuration            {}", scene.config.display());
-        println!("    its metrics                  curl http://{}/metrics", scene.admin);
+        println!("    {}curl http://{}/metrics", scene.prefix, scene.admin);
+        println!("    {}curl -i -X OPTIONS http://{}/ -H …   as above", scene.prefix, scene.site);
+        println!("    edit {}: what changes in its policies is in force at once", scene.config.display());
     }
-    println!("  {file} explain --help     why a preflight is answered or passed, step by step");
-    println!("  {file} check FILE         what is wrong or doubtful in a configuration");
-    println!("  cargo xtask bench              what it costs, beside nginx, haproxy and Envoy");
+    println!("  target/release/preflightd check FILE        what is wrong or doubtful in a configuration");
+    println!("  target/release/preflightd explain --help    why a preflight is answered or passed");
+    println!("  cargo xtask bench answer     what a preflight costs, beside nginx and others");
 }
