@@ -170,9 +170,9 @@ impl Frame {
         Self {
             title,
             seconds,
-            allowed: (to.allowed - from.allowed) as f64,
-            denied: (to.denied - from.denied) as f64,
-            passed: (to.passed - from.passed) as f64,
+            allowed: difference(from.allowed, to.allowed),
+            denied: difference(from.denied, to.denied),
+            passed: difference(from.passed, to.passed),
             p50: quantile(50),
             p99: quantile(99),
             daemon_cpu: (to.daemon_cpu.saturating_sub(from.daemon_cpu)).as_secs_f64(),
@@ -217,6 +217,11 @@ impl Frame {
             format!("  failed     {:>7}", self.failed),
         ]
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "no demo counts to 2^52")]
+fn difference(from: u64, to: u64) -> f64 {
+    to.saturating_sub(from) as f64
 }
 
 /// A block that is drawn over on a terminal, lines elsewhere.
