@@ -181,7 +181,7 @@ impl Default for Relay {
             max_connections: 16_384,
             connect_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_hours(1),
-            buffer_bytes: 65_536,
+            buffer_bytes: 262_144,
         }
     }
 }

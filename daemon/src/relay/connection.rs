@@ -1,7 +1,7 @@
 //! One relayed connection, from the handoff to the close.
 //!
 //! Plain reads and writes: splice(2) saves a copy, but tokio-uring has no such operation, and it costs two pipes and
-//! four descriptors a connection. With a large buffer the copies cost half of what haproxy's do.
+//! four descriptors a connection. Large buffers make the copies cheap enough (`cargo xtask bench relay`).
 //!
 //! An end comes through as it came: half-closes in order, a reset as a reset once all that was sent before it is
 //! delivered. A reset is noticed by whoever reads from or writes to that peer; if both directions wait for the other

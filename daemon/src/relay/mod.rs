@@ -77,7 +77,8 @@ pub struct RelayLimits {
     pub connect_timeout: Duration,
     /// Without a byte in either direction; zero: none.
     pub idle_timeout: Duration,
-    /// Buffer per direction in bytes. On loopback 64 KiB is as fast as haproxy in TCP mode, 256 KiB costs half its CPU.
+    /// Largest buffer per direction in bytes; it grows to this only while reads fill it. `cargo xtask bench relay`
+    /// compares it with haproxy in TCP mode.
     pub buffer_bytes: usize,
 }
 
