@@ -64,7 +64,8 @@ pub(crate) fn run(stage: &Stage) -> Fallible<ExitCode> {
             addresses.proxy
         )
     });
-    let directory = tempfile::tempdir().map_err(|e| format!("making a directory: {e}"))?;
+    let directory =
+        tempfile::TempDir::with_prefix("preflightd-demo-").map_err(|e| format!("making a directory: {e}"))?;
     let mut daemon = Daemon(start_daemon(&net, &daemon_file, &addresses, directory.path())?);
 
     let this = env::current_exe().map_err(|e| format!("where is this program? {e}"))?;

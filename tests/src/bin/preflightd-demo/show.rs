@@ -323,7 +323,7 @@ fn what_next(scene: &Scene) {
     );
     if scene.stay {
         println!("    {}curl http://{}/metrics", scene.prefix, scene.admin);
-        println!("    {}curl -i -X OPTIONS http://{}/ -H …   as above", scene.prefix, scene.site);
+        println!("    {}curl -i -X OPTIONS http://{}/v1/cart -H …", scene.prefix, scene.site);
         println!("    edit {}: what changes in its policies is in force at once", scene.config.display());
     }
     println!("  target/release/preflightd check FILE        what is wrong or doubtful in a configuration");
