@@ -138,6 +138,20 @@ impl Client {
         assert!(rest.is_empty(), "bytes before the end: {}", rest.escape_ascii());
     }
 
+    /// Whether the other side has ended its sending, as far as can be seen without waiting.
+    pub fn has_ended(&mut self) -> bool {
+        self.stream.set_nonblocking(true).expect("a socket that does not block");
+        let read = loop {
+            match self.read_some() {
+                Ok(0) => break true,
+                Ok(_) => {}
+                Err(e) => break e.kind() != io::ErrorKind::WouldBlock,
+            }
+        };
+        self.stream.set_nonblocking(false).expect("a socket that blocks");
+        read
+    }
+
     fn read_some(&mut self) -> io::Result<usize> {
         let mut chunk = [0; 16_384];
         let n = self.stream.read(&mut chunk)?;

@@ -167,24 +167,6 @@ impl Daemon {
         daemon
     }
 
-    /// As [`Daemon::start`], with addresses and a policy file as arguments instead of a configuration file.
-    pub fn start_by_arguments(config: Config) -> Self {
-        let directory = TempDir::with_prefix("preflightd-").expect("a directory for the daemon");
-        let admin = free_address();
-        let file = directory.path().join("policies.toml");
-        fs::write(&file, &config.policies).expect("writing the policies");
-        let mut command = preflightd();
-        command.args(["run", "--listen", &config.address.to_string()]);
-        if let Some(upstream) = config.upstream {
-            command.args(["--upstream", &upstream.to_string()]);
-        }
-        command.args(["--proxy-protocol", config.proxy_protocol]);
-        command.args(["--admin", &admin.to_string(), "--policy"]).arg(file);
-        let mut daemon = Self { child: spawn(command, directory.path()), directory, config, admin };
-        daemon.wait_ready();
-        daemon
-    }
-
     /// A daemon with a recording upstream behind it that answers `200`, reporting the request line, and [`POLICY`].
     pub fn start_simple(engine: Engine) -> (Self, crate::Upstream) {
         let upstream = crate::Upstream::start(crate::Behaviour::report());

@@ -107,11 +107,6 @@ impl Upstream {
         self.address
     }
 
-    /// All connections so far, as they are now.
-    pub fn connections(&self) -> Vec<Recorded> {
-        self.connections.lock().expect("recordings").clone()
-    }
-
     /// How many connections there were.
     pub fn count(&self) -> usize {
         self.connections.lock().expect("recordings").len()

@@ -6,7 +6,11 @@ use preflightd_tests::{
     daemon::{ORIGIN, POLICY},
     site::wait_until,
 };
-use std::{thread, time::Duration};
+use std::{
+    net::{Ipv6Addr, TcpListener},
+    thread,
+    time::Duration,
+};
 
 /// Long enough for the daemon to see pieces one by one, mostly; nothing fails if it does not.
 const PIECES: Duration = Duration::from_micros(300);
@@ -302,6 +306,51 @@ fn slow_heads_end_with_408_and_disturb_nobody() {
         }
         assert_eq!(other.exchange(&request).status, 204, "{engine:?}");
         assert_eq!(upstream.count(), 0, "{engine:?}");
+    }
+}
+
+/// The time for a head runs from its first byte, not from its last one.
+#[test]
+fn a_trickle_does_not_keep_a_connection() {
+    for engine in Engine::BOTH {
+        let upstream = Upstream::start(Behaviour::report());
+        let config = Config::new(upstream.address(), POLICY).engine(engine);
+        let daemon = Daemon::start(config.limits("header_timeout = \"500ms\""));
+        let mut client = daemon.connect();
+        let request = allowed();
+        // Byte by byte until the daemon has had enough; the whole would take longer than any test should.
+        let mut sent = 0;
+        while sent < request.len() && client.try_send(&request[sent..=sent]).is_ok() {
+            sent += 1;
+            if client.has_ended() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        assert!(sent < request.len(), "{engine:?}: the whole head was taken");
+        assert_eq!(client.response().status, 408, "{engine:?}, after {sent} bytes");
+        assert_eq!(upstream.count(), 0, "{engine:?}");
+        let closed =
+            || daemon.metrics().count("preflightd_connections_closed_total", &[("cause", "header_timeout")]);
+        wait_until("the counter", || closed() == 1);
+    }
+}
+
+#[test]
+fn ipv6() {
+    if TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_err() {
+        eprintln!("skipped: no IPv6 on loopback");
+        return;
+    }
+    for engine in Engine::BOTH {
+        let upstream = Upstream::start(Behaviour::report());
+        let mut config = Config::new(upstream.address(), POLICY).engine(engine);
+        config.address.set_ip(Ipv6Addr::LOCALHOST.into());
+        let daemon = Daemon::start(config);
+        let mut client = daemon.connect();
+        let preflight = preflight(&daemon.host(), "/x", ORIGIN, "PUT", None);
+        assert_eq!(client.exchange(preflight).status, 204, "{engine:?}");
+        assert_eq!(client.exchange(get(&daemon.host(), "/y")).body, b"GET /y HTTP/1.1 +0", "{engine:?}");
     }
 }
 
