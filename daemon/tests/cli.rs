@@ -104,6 +104,7 @@ fn exit_codes_and_words() {
             ("warned.toml", &CONFIG.replacen("8080\"\n", "8080\"\nproxy_protocol = \"off\"\n", 1)),
             ("bad.toml", &CONFIG.replacen("origins", "orgins", 1)),
             ("conflict.toml", &(POLICY.to_owned() + &POLICY.replace("\"one\"", "\"two\""))),
+            ("asks.toml", &CONFIG.replace(":8080", ":1")),
             ("latin1.toml", ""),
             (
                 "split/config.toml",
@@ -163,6 +164,13 @@ fn exit_codes_and_words() {
             &[],
         ),
         ("check warned strictly", vec!["check", "--deny-warnings", "warned.toml"], 1, &["1 warning"], &[]),
+        (
+            "check and ask a dead upstream",
+            vec!["check", "--ask-upstreams", "asks.toml"],
+            0,
+            &["warning[upstream-unclear]", "--> asks.toml:5:12", "2 warnings"],
+            &[],
+        ),
         ("check a conflict", vec!["check", "conflict.toml"], 1, &["error[", "--> conflict.toml:8:1"], &[]),
         ("check missing", vec!["check", "none.toml"], 2, &[], &["cannot read none.toml"]),
         ("check no UTF-8", vec!["check", "latin1.toml"], 2, &[], &["latin1.toml is not UTF-8"]),

@@ -5,7 +5,10 @@ use crate::{
     config::{self, Diagnostic, Loaded},
     policy::RouteLabels,
 };
-use std::{fmt::Write as _, path::PathBuf};
+use std::{fmt::Write as _, path::PathBuf, time::Duration};
+
+/// For each of the two questions to an upstream.
+const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(super) fn check(args: &Check) -> Result<(), Failure> {
     let mut policy_files = Vec::new();
@@ -18,7 +21,10 @@ pub(super) fn check(args: &Check) -> Result<(), Failure> {
         if is_policy_file {
             policy_files.push(path.clone());
         } else {
-            let loaded = config::load(path).map_err(|e| Failure::Usage(e.to_string()))?;
+            let mut loaded = config::load(path).map_err(|e| Failure::Usage(e.to_string()))?;
+            if args.ask_upstreams {
+                loaded.ask_upstreams(UPSTREAM_TIMEOUT);
+            }
             policies += compiled(loaded, &mut findings);
         }
     }

@@ -100,6 +100,10 @@ struct Check {
     /// How findings are printed.
     #[arg(long, default_value = "text")]
     format: Format,
+    /// Ask each upstream with proxy_protocol = "auto" whether it takes the PROXY protocol, and warn where it does not:
+    /// there the proxy sees this node's address instead of the client's.
+    #[arg(long)]
+    ask_upstreams: bool,
     /// Warnings count as errors.
     #[arg(long)]
     deny_warnings: bool,

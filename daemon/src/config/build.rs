@@ -109,6 +109,20 @@ impl Origins {
     }
 }
 
+/// A warning about a key of a listener of the configuration file.
+pub(super) fn listener_warning(
+    origins: &Origins,
+    listener: usize,
+    key: &'static str,
+    code: &'static str,
+    message: String,
+    help: &str,
+) -> Option<Diagnostic> {
+    let path = vec![Step::Key("listener".into()), Step::Item(listener), Step::Key(key.into())];
+    let problem = Problem::warning(code, At::Path(path), message, help);
+    origins.sources.first()?.diagnostics(vec![problem]).pop()
+}
+
 impl Place {
     fn at(self, steps: impl IntoIterator<Item = Step>) -> At {
         let mut path = vec![Step::Key("policy".into()), Step::Item(self.index)];
@@ -342,7 +356,7 @@ impl ReadPolicy {
                 // Where the listeners themselves are wrong, their names say nothing.
                 None if listeners.is_empty() => {}
                 None => {
-                    let help = match did_you_mean(name, listeners.keys().copied()) {
+                    let help = match did_you_mean(name, listeners.keys().copied().take(suggested(problems))) {
                         Some(known) => format!("did you mean `{known}`?"),
                         None => "name a [[listener]], or leave `listeners` out for all of them".to_owned(),
                     };
@@ -478,13 +492,14 @@ impl ReadPolicy {
         bases: &AHashMap<&str, &'a ReadPolicy>,
         problems: &mut Vec<Problem>,
     ) -> Option<&'a dialect::envoy::Cors> {
+        let suggested = suggested(problems);
         let mut refuse = |message: String, help: &str| {
             let at = self.place.at([Step::Key("inherit".into())]);
             problems.push(Problem::error("inherit", at, message, help));
             None
         };
         let Some(base) = bases.get(name) else {
-            let help = match did_you_mean(name, bases.keys().copied()) {
+            let help = match did_you_mean(name, bases.keys().copied().take(suggested)) {
                 Some(known) => format!("did you mean `{known}`?"),
                 None => "name another policy that has a [policy.envoy] block".to_owned(),
             };
@@ -645,6 +660,11 @@ fn upstream_findings(listener: &Listener, at: &dyn Fn(&'static str) -> At, probl
             "use proxy_protocol = \"v2\" (and have the proxy expect it), or transparent = true",
         ));
     }
+}
+
+/// Names that are searched for a similar one: none any more where so much is wrong that it would take long.
+fn suggested(problems: &[Problem]) -> usize {
+    if problems.len() < 100 { usize::MAX } else { 0 }
 }
 
 /// Numbers that would not work.

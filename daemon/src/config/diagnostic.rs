@@ -23,9 +23,38 @@ pub struct Diagnostic {
     pub message: String,
     /// What to do about it; may be empty.
     pub help: String,
-    /// The line and the number of characters to underline.
+    /// The line, or the part of it that matters.
     #[serde(skip)]
-    pub(super) excerpt: Option<(String, usize)>,
+    pub(super) excerpt: Option<Excerpt>,
+}
+
+/// Part of a line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Excerpt {
+    /// Each character is one column wide on screen.
+    text: String,
+    /// Characters before the underline, and its length.
+    underline: (usize, usize),
+}
+
+impl Excerpt {
+    /// What is around `start..end` (byte offsets on character boundaries) of a line.
+    pub(super) fn new(line: &str, start: usize, end: usize) -> Self {
+        /// Characters shown, and of these in front of a place far inside a line.
+        const WIDTH: usize = 100;
+        const BEFORE: usize = 20;
+        let mut before = line[..start].char_indices().rev();
+        let from = match before.clone().nth(WIDTH - BEFORE) {
+            None => 0,
+            Some(_) => before.nth(BEFORE).map_or(0, |(at, _)| at),
+        };
+        let shown = line[from..].chars().take(WIDTH);
+        let text: String = shown.map(|c| if is_unsafe(c) { ' ' } else { c }).collect();
+        let skip = line[from..start].chars().count();
+        let rest = text.chars().count().saturating_sub(skip);
+        let length = line[start..end].chars().take(WIDTH).count().clamp(1, rest.max(1));
+        Self { text, underline: (skip, length) }
+    }
 }
 
 impl Diagnostic {
@@ -75,11 +104,10 @@ impl fmt::Display for Diagnostic {
         )?;
         let gutter = self.line.to_string().len();
         writeln!(f, "{:gutter$}{dim}-->{dim:#} {}", "", self.place())?;
-        if let Some((text, underline)) = &self.excerpt {
-            let (text, column, underline) = window(text, self.column as usize, *underline);
+        if let Some(Excerpt { text, underline: (skip, length) }) = &self.excerpt {
             writeln!(f, "{:gutter$} {dim}|{dim:#}", "")?;
             writeln!(f, "{dim}{} |{dim:#} {text}", self.line)?;
-            writeln!(f, "{:gutter$} {dim}|{dim:#} {:column$}{loud}{:^<underline$}{loud:#}", "", "", "")?;
+            writeln!(f, "{:gutter$} {dim}|{dim:#} {:skip$}{loud}{:^<length$}{loud:#}", "", "", "")?;
         }
         for line in self.help.lines() {
             writeln!(f, "{:gutter$} {dim}={dim:#} {bold}help{bold:#}: {}", "", escape(line))?;
@@ -116,18 +144,6 @@ fn is_unsafe(c: char) -> bool {
     c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// The part of a line around the finding: at most 100 characters, each one column wide on screen. Returns the text,
-/// the offset of the underline and its length.
-fn window(text: &str, column: usize, underline: usize) -> (String, usize, usize) {
-    const WIDTH: usize = 100;
-    let start = column.saturating_sub(1);
-    let skip = if start > WIDTH - 20 { start - 20 } else { 0 };
-    let shown = text.chars().skip(skip).take(WIDTH);
-    let plain: String = shown.map(|c| if is_unsafe(c) { ' ' } else { c }).collect();
-    let rest = plain.chars().count().saturating_sub(start - skip);
-    (plain, start - skip, underline.clamp(1, rest.max(1)))
-}
-
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn severity_word<S: serde::Serializer>(severity: &Severity, s: S) -> Result<S::Ok, S::Error> {
     s.serialize_str(word(*severity))
@@ -147,7 +163,7 @@ mod tests {
             column: 3,
             message: "unknown key `orgins`".into(),
             help: "did you mean `origins`?".into(),
-            excerpt: Some(("  orgins = []".into(), 6)),
+            excerpt: Some(Excerpt::new("  orgins = []", 2, 8)),
         };
         let text = anstream::adapter::strip_str(&d.to_string()).to_string();
         assert_eq!(
@@ -160,7 +176,22 @@ mod tests {
     #[test]
     fn never_steers_the_terminal() {
         assert_eq!(escape("a\u{1b}[2Jb\u{202e}\u{9b}"), "a\\u{1b}[2Jb\\u{202e}\\u{9b}");
-        let (text, at, len) = window(&"x".repeat(500), 400, 900);
-        assert!(text.len() <= 100 && at < text.len() && at + len <= text.len());
+    }
+
+    #[test]
+    fn long_lines_are_cut() {
+        let line = format!("{}héllo\t{}", "é".repeat(500), "x".repeat(500));
+        for (start, end, want) in [
+            (0, 2, (0, 1)),
+            (100, 104, (50, 2)),
+            (1000, 1006, (21, 5)),
+            (1006, line.len(), (21, 79)),
+            (line.len(), line.len(), (21, 1)),
+        ] {
+            let excerpt = Excerpt::new(&line, start, end);
+            assert_eq!(excerpt.underline, want, "{start}..{end}: {}", excerpt.text);
+            assert!(excerpt.text.chars().count() <= 100 && !excerpt.text.contains('\t'));
+        }
+        assert_eq!(Excerpt::new("", 0, 0).underline, (0, 1));
     }
 }

@@ -6,7 +6,7 @@
 use crate::{
     http::HeadLimits,
     policy::{ListenerId, ListenerSpec, PolicySpec, RouteLabels, Table},
-    relay::{ProxyProtocol, RelayLimits, Upstream},
+    relay::{self, ProxyProtocol, RelayLimits, Upstream},
     worker::{ConnectionLimits, EngineChoice},
 };
 use serde::Deserialize;
@@ -263,9 +263,38 @@ impl Loaded {
         (!refused).then_some(table)
     }
 
-    /// Whether any finding is an error.
-    pub fn has_errors(&self) -> bool {
-        self.diagnostics.iter().any(Diagnostic::is_error)
+    /// Asks each upstream with `proxy_protocol = "auto"` whether it takes the PROXY protocol, and warns where the
+    /// client's address would be hidden from it. Blocks, for at most twice `timeout` for each.
+    pub fn ask_upstreams(&mut self, timeout: Duration) {
+        let Some(config) = &self.config else { return };
+        for (i, listener) in config.listeners.iter().enumerate() {
+            let Some(upstream) = listener.upstream else { continue };
+            if listener.proxy_protocol != ProxyProtocol::Auto || listener.transparent {
+                continue;
+            }
+            let (code, message) = match relay::detect(upstream, timeout) {
+                Ok(ProxyProtocol::Off) => (
+                    "client-address-hidden",
+                    format!(
+                        "the upstream {upstream} of `{}` does not take the PROXY protocol: it will see this node's \
+                         address instead of the client's in what is relayed",
+                        listener.name
+                    ),
+                ),
+                Ok(_) => continue,
+                Err(e) => (
+                    "upstream-unclear",
+                    format!(
+                        "cannot tell whether the upstream {upstream} of `{}` takes the PROXY protocol: {e}",
+                        listener.name
+                    ),
+                ),
+            };
+            let help = "have the proxy expect the PROXY protocol, set transparent = true, or say with \
+                        proxy_protocol = \"off\" that its rules do not depend on the client's address";
+            let warning = build::listener_warning(&self.origins, i, "upstream", code, message, help);
+            self.diagnostics.extend(warning);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! A file's text: from byte offsets and key paths to lines, and from TOML to shapes with every error, not just the
 //! first.
 
-use super::diagnostic::Diagnostic;
+use super::diagnostic::{Diagnostic, Excerpt};
 use crate::policy::Severity;
 use serde::Deserialize;
 use std::{borrow::Cow, ops::Range, sync::Arc};
@@ -12,6 +12,10 @@ use toml::{
 
 /// More errors than this within one table are not looked for.
 const MAX_SHAPE_ERRORS: usize = 50;
+/// More findings than this in one file are counted only.
+const MAX_FINDINGS: usize = 500;
+/// More names than this are not searched for a similar one.
+const MAX_SUGGESTIONS: usize = 1000;
 
 /// One file's text.
 #[derive(Clone, Debug)]
@@ -86,7 +90,17 @@ impl Source {
     }
 
     /// Finds the places of problems; the text is parsed once, and only if a path is among them.
-    pub(super) fn diagnostics(&self, problems: Vec<Problem>) -> Vec<Diagnostic> {
+    pub(super) fn diagnostics(&self, mut problems: Vec<Problem>) -> Vec<Diagnostic> {
+        let beyond = problems.split_off(problems.len().min(MAX_FINDINGS));
+        if let Some(severity) = beyond.iter().map(|p| p.severity).max() {
+            problems.push(Problem {
+                severity,
+                code: "too-many-findings",
+                at: At::Span(self.text.len()..self.text.len()),
+                message: format!("{} further findings are not shown", beyond.len()),
+                help: "correct the others first".to_owned(),
+            });
+        }
         let by_path = problems.iter().any(|p| matches!(p.at, At::Path(_)));
         let root = by_path.then(|| DeTable::parse_recoverable(&self.text).0);
         problems
@@ -106,17 +120,19 @@ impl Source {
         let start = floor(&self.text, span.start);
         let line = self.line(start).max(1);
         let begin = self.lines[line as usize - 1];
-        let text = self.text[begin..].lines().next().unwrap_or("");
-        let end = floor(&self.text, span.end).clamp(start, (begin + text.len()).max(start));
+        let next = self.lines.get(line as usize).copied().unwrap_or(self.text.len());
+        let text = self.text[begin..next].trim_end_matches(['\n', '\r']);
+        let start_in_line = (start - begin).min(text.len());
+        let end_in_line = floor(&self.text, span.end).saturating_sub(begin).clamp(start_in_line, text.len());
         Diagnostic {
             severity: problem.severity,
             code: problem.code,
             file: self.name.clone(),
             line,
-            column: self.text[begin..start].chars().count() as u32 + 1,
+            column: text[..start_in_line].chars().count() as u32 + 1,
             message: problem.message,
             help: problem.help,
-            excerpt: Some((text.to_owned(), self.text[start..end].chars().count())),
+            excerpt: Some(Excerpt::new(text, start_in_line, end_in_line)),
         }
     }
 
@@ -234,6 +250,7 @@ fn reword(message: &str, span: Range<usize>) -> Problem {
 pub(super) fn did_you_mean<'a>(given: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let given: String = given.chars().take(64).collect::<String>().to_ascii_lowercase().replace('-', "_");
     known
+        .take(MAX_SUGGESTIONS)
         .map(|name| (strsim::damerau_levenshtein(&given, &name.to_ascii_lowercase().replace('-', "_")), name))
         .filter(|(distance, name)| *distance <= 1 + name.len() / 4)
         .min_by_key(|(distance, _)| *distance)

@@ -298,6 +298,24 @@ fn no_input_panics() {
     }
 }
 
+/// However much is wrong, and be it all in one line: what is shown is bounded, and so is the work.
+#[test]
+fn many_findings_are_counted() {
+    let listeners: String = (0..1000)
+        .map(|i| format!("{{name=\"l{i}\",address=\"127.0.0.1:0\",answer_only=true}},"))
+        .collect::<Vec<_>>()
+        .concat();
+    let policy = "{name=\"p\",hosts=[\"h\"],origins=[\"https://a.example\"],listeners=[\"unknown\"],inherit=\"none\"},";
+    let text = format!("listener=[{listeners}]\npolicy=[{}]\n", policy.repeat(5000));
+    let (config, findings) = load_str("test", &text);
+    assert!(config.is_none());
+    assert_eq!(findings.len(), 501);
+    let last = findings.last().expect("the last one");
+    assert!(last.is_error() && last.code == "too-many-findings", "{last}");
+    assert!(last.message.starts_with("14499 further"), "{last}");
+    assert!(findings.iter().all(|finding| finding.to_string().len() < 2000));
+}
+
 #[test]
 fn values_become_what_the_others_need() {
     let (config, findings) = load_str(
