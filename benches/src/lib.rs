@@ -3,6 +3,10 @@
 //! Wall-clock figures are only ever compared within one run: every server is up at once, one thread each on one CPU, the
 //! generator on another, in interleaved slices. Slices that other work disturbed are measured again or left out.
 
+#![expect(clippy::cast_precision_loss, reason = "counts and nanoseconds of one run are far below 2^52")]
+
+pub mod acrh;
+pub mod bulk;
 pub mod cpu;
 pub mod load;
 pub mod peers;

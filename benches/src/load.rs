@@ -232,8 +232,11 @@ impl<'a> Generator<'a> {
         }
         let connection = &mut self.connections[index];
         connection.response.reserve(1024);
-        match net::recv(&connection.socket, rustix::buffer::spare_capacity(&mut connection.response), RecvFlags::empty())
-        {
+        match net::recv(
+            &connection.socket,
+            rustix::buffer::spare_capacity(&mut connection.response),
+            RecvFlags::empty(),
+        ) {
             Ok((_, 0)) => self.ended(index),
             Ok(_) => self.received(index),
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
@@ -248,7 +251,10 @@ impl<'a> Generator<'a> {
         let connection = &mut self.connections[index];
         let unexpected = |connection: &Connection, what: &str| {
             let text = connection.response.escape_ascii().to_string();
-            Err(io::Error::new(io::ErrorKind::InvalidData, format!("{what} (it was {:?}): {text}", connection.state)))
+            Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{what} (it was {:?}): {text}", connection.state),
+            ))
         };
         if connection.state != State::Waiting {
             return unexpected(connection, "a response that nobody asked for");
@@ -350,7 +356,9 @@ impl<'a> Generator<'a> {
         };
         connection.state = match net::send(&connection.socket, bytes, SendFlags::NOSIGNAL) {
             Ok(sent) if sent == bytes.len() => State::Waiting,
-            Ok(sent) => return Err(io::Error::other(format!("the socket took {sent} bytes of a request only"))),
+            Ok(sent) => {
+                return Err(io::Error::other(format!("the socket took {sent} bytes of a request only")));
+            }
             Err(Errno::AGAIN | Errno::NOTCONN | Errno::INPROGRESS) => State::Connecting,
             Err(error) => return Err(error.into()),
         };
@@ -367,8 +375,8 @@ impl<'a> Generator<'a> {
         Served {
             requests,
             elapsed,
-            p50: percentile(&self.latencies, 0.5),
-            p99: percentile(&self.latencies, 0.99),
+            p50: percentile(&self.latencies, 50),
+            p99: percentile(&self.latencies, 99),
             kept_up,
         }
     }

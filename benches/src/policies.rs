@@ -2,7 +2,11 @@
 #![forbid(unsafe_code)]
 
 use crate::workload::Request;
-use std::fmt::Write as _;
+use preflightd::policy::{
+    HostPattern, ListenerId, ListenerSpec, PathMatch, PolicySpec, Preflight, RouteLabels, SourceRef, Table,
+    dialect::{Rules, native},
+};
+use std::{fmt::Write as _, sync::Arc};
 
 /// Hosts × routes × origins per route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +53,8 @@ pub fn native(size: Size) -> String {
     let mut text = String::new();
     for host_number in 0..size.hosts {
         for route in 0..size.routes {
-            let origins: Vec<_> = (0..size.origins).map(|number| origin(host_number, route, number)).collect();
+            let origins: Vec<_> =
+                (0..size.origins).map(|number| origin(host_number, route, number)).collect();
             let _ = write!(
                 text,
                 "\n[[policy]]\nname = \"h{host_number}-r{route}\"\nhosts = [\"{}\"]\npaths = [{{ prefix = \"{}\" }}]\n\
@@ -61,6 +66,87 @@ pub fn native(size: Size) -> String {
         }
     }
     text
+}
+
+/// The listener that every policy serves.
+pub const LISTENER: ListenerId = ListenerId(0);
+
+/// The same policies as a configuration would be read into.
+///
+/// # Panics
+/// The native dialect does not take them.
+pub fn specs(size: Size) -> Vec<PolicySpec> {
+    let source: Arc<str> = "bench".into();
+    (0..size.hosts * size.routes)
+        .map(|number| {
+            let (host_number, route) = (number / size.routes, number % size.routes);
+            let origins = (0..size.origins).map(|number| origin(host_number, route, number)).collect();
+            spec(&source, host_number, route, &native_cors(origins, HEADERS.map(str::to_owned).to_vec()))
+        })
+        .collect()
+}
+
+/// A policy for one origin of host 0 that allows any request header, with credentials: its answers echo what is asked for.
+pub fn echoing() -> Vec<PolicySpec> {
+    vec![spec(&"bench".into(), 0, 0, &native_cors(vec![origin(0, 0, 0)], vec!["*".into()]))]
+}
+
+/// Compiles `policies`.
+///
+/// # Panics
+/// There are findings: these policies are flawless.
+pub fn table(policies: &[PolicySpec]) -> Table {
+    let listener = ListenerSpec {
+        id: LISTENER,
+        name: "bench".into(),
+        own_literals: Vec::new(),
+        loopback_is_own: true,
+        public_ports: Vec::new(),
+    };
+    let (table, findings) = Table::compile(&[listener], policies, &mut RouteLabels::new(1000), 1);
+    assert!(findings.is_empty(), "compiling the benchmark's policies: {:?}", findings[0]);
+    table
+}
+
+/// The preflight of `of`, asking for `headers`.
+pub fn preflight<'a>(of: &'a Combination, headers: &'a [&'a [u8]]) -> Preflight<'a> {
+    Preflight {
+        listener: LISTENER,
+        host: of.host.as_bytes(),
+        target: of.path.as_bytes(),
+        origin: of.origin.as_bytes(),
+        method: b"PUT",
+        headers,
+        private_network: false,
+    }
+}
+
+fn native_cors(origins: Vec<String>, headers: Vec<String>) -> native::Cors {
+    native::Cors {
+        origins,
+        methods: METHODS.map(str::to_owned).to_vec(),
+        headers,
+        credentials: true,
+        max_age: Some(MAX_AGE.into()),
+        ..native::Cors::default()
+    }
+}
+
+fn spec(source: &Arc<str>, host_number: usize, route: usize, cors: &native::Cors) -> PolicySpec {
+    let (rules, findings) = native::validate(cors);
+    PolicySpec {
+        name: format!("h{host_number}-r{route}"),
+        source: SourceRef { origin: source.clone(), line: 0 },
+        listeners: Vec::new(),
+        hosts: vec![HostPattern::Exact(host(host_number))],
+        paths: vec![PathMatch::Prefix(prefix(route))],
+        enabled: true,
+        stale: false,
+        on_denied: None,
+        rules: Rules::Native(
+            rules.unwrap_or_else(|| panic!("the benchmark's policy is refused: {findings:?}")),
+        ),
+    }
 }
 
 /// Whose preflight it is: a host, a path on it, an origin.
@@ -78,10 +164,14 @@ pub struct Combination {
 pub fn combinations(size: Size, count: usize) -> impl Iterator<Item = Combination> {
     let total = size.hosts * size.routes * size.origins;
     // Golden section, so that even few are spread; without a common factor none comes twice.
-    let stride = (total * 618 / 1000 + 1..).find(|&stride| coprime(stride, total)).unwrap_or(1);
+    let mut stride = total * 618 / 1000 + 1;
+    while !coprime(stride, total) {
+        stride += 1;
+    }
     (0..count.min(total)).map(move |step| {
         let number = step * stride % total;
-        let (host_number, rest) = (number / (size.routes * size.origins), number % (size.routes * size.origins));
+        let (host_number, rest) =
+            (number / (size.routes * size.origins), number % (size.routes * size.origins));
         let (route, origin_number) = (rest / size.origins, rest % size.origins);
         Combination {
             host: host(host_number),

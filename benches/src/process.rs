@@ -44,7 +44,8 @@ pub fn resident(pid: u32) -> io::Result<u64> {
     let kib = status
         .lines()
         .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other(format!("reading memory of process {pid}: no VmRSS")))
+    kib.map(|kib| kib * 1024)
+        .ok_or_else(|| io::Error::other(format!("reading memory of process {pid}: no VmRSS")))
 }
 
 /// Every task's CPU time at one moment, and the time that a hypervisor kept from us.
@@ -66,10 +67,9 @@ impl Everyone {
         Ok(Self { tasks, stolen: stolen()? })
     }
 
-    /// CPU time since the snapshot of tasks on either of `cpus` that belong to none of the processes `ours`, and time
-    /// stolen by the hypervisor. The kernel's own softirq threads do not count: they work for the load.
-    pub fn others_since(&self, ours: &[u32], cpus: Cpus) -> io::Result<Duration> {
-        let mut nanoseconds = 0;
+    /// What tasks of none of the processes `ours` have taken of either of `cpus` since the snapshot.
+    pub fn others_since(&self, ours: &[u32], cpus: Cpus) -> io::Result<Others> {
+        let mut others = Others { work: stolen()?.saturating_sub(self.stolen), softirq: Duration::ZERO };
         let ours: Vec<_> = ours.iter().map(|pid| Path::new("/proc").join(pid.to_string())).collect();
         for_each_task(|tid, dir| {
             if ours.iter().any(|process| dir.starts_with(process)) {
@@ -77,18 +77,33 @@ impl Everyone {
             }
             let Ok(Some(time)) = schedstat(dir) else { return };
             let spent = time.running.saturating_sub(self.tasks.get(&tid).copied().unwrap_or(0));
-            if spent > 0 && !works_elsewhere_or_for_us(dir, cpus) {
-                nanoseconds += spent;
+            if spent == 0 {
+                return;
+            }
+            let Some((name, cpu)) = name_and_cpu(dir) else { return };
+            if cpu == cpus.server || cpu == cpus.client {
+                let sum = if name.starts_with("ksoftirqd/") { &mut others.softirq } else { &mut others.work };
+                *sum += Duration::from_nanos(spent);
             }
         })?;
-        Ok(Duration::from_nanos(nanoseconds) + stolen()?.saturating_sub(self.stolen))
+        Ok(others)
     }
+}
+
+/// CPU time that somebody else has taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Others {
+    /// Other tasks, and what a hypervisor kept from us.
+    pub work: Duration,
+    /// The kernel's softirq threads: they work for the load, not against it.
+    pub softirq: Duration,
 }
 
 /// Time stolen on all CPUs, in the kernel's steps of 10 ms.
 fn stolen() -> io::Result<Duration> {
     let stat = fs::read_to_string("/proc/stat")?;
-    let ticks = stat.lines().next().and_then(|line| line.split_ascii_whitespace().nth(8)?.parse::<u64>().ok());
+    let ticks =
+        stat.lines().next().and_then(|line| line.split_ascii_whitespace().nth(8)?.parse::<u64>().ok());
     Ok(Duration::from_millis(ticks.unwrap_or(0) * 10))
 }
 
@@ -123,12 +138,13 @@ fn schedstat(task: &Path) -> io::Result<Option<CpuTime>> {
     }
 }
 
-fn works_elsewhere_or_for_us(task: &Path, cpus: Cpus) -> bool {
-    let Ok(stat) = fs::read_to_string(task.join("stat")) else { return false };
+/// A task's name and the CPU it ran on last; `None`: it is gone.
+fn name_and_cpu(task: &Path) -> Option<(String, usize)> {
+    let stat = fs::read_to_string(task.join("stat")).ok()?;
     // The name stands in parentheses and may hold anything, so count fields behind the last one (proc(5)).
-    let Some((head, fields)) = stat.rsplit_once(") ") else { return false };
-    let last_cpu = fields.split_ascii_whitespace().nth(36).and_then(|field| field.parse::<usize>().ok());
-    head.contains("(ksoftirqd/") || last_cpu.is_some_and(|cpu| cpu != cpus.server && cpu != cpus.client)
+    let (head, fields) = stat.rsplit_once(") ")?;
+    let cpu = fields.split_ascii_whitespace().nth(36)?.parse().ok()?;
+    Some((head.split_once('(')?.1.to_owned(), cpu))
 }
 
 #[cfg(test)]

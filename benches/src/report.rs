@@ -50,26 +50,31 @@ impl Table {
 
     /// Adds a row.
     pub fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.rows.push(cells.to_vec());
+        self.rows.push(cells.into());
     }
 
     /// As a Markdown table with aligned columns, which is as readable on a terminal: text to the left, figures to the right.
     pub fn markdown(&self) -> String {
         let columns = self.rows.first().map_or(0, Vec::len);
-        let widths: Vec<usize> =
-            (0..columns).map(|column| self.rows.iter().map(|row| width(&row[column])).max().unwrap_or(0)).collect();
+        let widths: Vec<usize> = (0..columns)
+            .map(|column| self.rows.iter().map(|row| width(&row[column])).max().unwrap_or(0))
+            .collect();
         let mut text = String::new();
         for (number, row) in self.rows.iter().enumerate() {
             for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
                 let blanks = " ".repeat(width - self::width(cell));
-                let _ =
-                    if column == 0 { write!(text, "| {cell}{blanks} ") } else { write!(text, "| {blanks}{cell} ") };
+                let _ = if column == 0 {
+                    write!(text, "| {cell}{blanks} ")
+                } else {
+                    write!(text, "| {blanks}{cell} ")
+                };
             }
             text.push_str("|\n");
             if number == 0 {
                 for (column, width) in widths.iter().enumerate() {
                     let dashes = "-".repeat(*width);
-                    let _ = if column == 0 { write!(text, "| {dashes} ") } else { write!(text, "| {dashes}:") };
+                    let _ =
+                        if column == 0 { write!(text, "| {dashes} ") } else { write!(text, "| {dashes}:") };
                 }
                 text.push_str("|\n");
             }
@@ -113,10 +118,22 @@ pub fn figures(figures: &[Figure]) -> String {
     table.markdown()
 }
 
+/// Prints the figures as lines of JSON, or the report for people.
+pub fn print(json: bool, figures: &[Figure], report: &str) {
+    if json {
+        for figure in figures {
+            println!("{}", figure.json());
+        }
+    } else {
+        println!("{report}");
+    }
+}
+
 /// Where and when a run was made, in a line of Markdown.
 pub fn provenance(command: &str) -> io::Result<String> {
     let cpu = fs::read_to_string("/proc/cpuinfo")?;
-    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name);
+    let model =
+        cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let date = Command::new("date").args(["--utc", "+%Y-%m-%d"]).output()?;
     Ok(format!(
@@ -167,7 +184,12 @@ pub fn chart(title: &str, groups: &[Bars]) -> String {
     let mut y = 36;
     for group in groups {
         let most = group.bars.iter().map(|(_, value, _)| *value).fold(f64::MIN_POSITIVE, f64::max);
-        let _ = writeln!(svg, "<text x=\"0\" y=\"{}\" font-weight=\"600\">{}</text>", y + 16, escape(&group.title));
+        let _ = writeln!(
+            svg,
+            "<text x=\"0\" y=\"{}\" font-weight=\"600\">{}</text>",
+            y + 16,
+            escape(&group.title)
+        );
         y += 26;
         for (label, value, ours) in &group.bars {
             let length = value / most * (WIDTH - LABELS - 60) as f64;

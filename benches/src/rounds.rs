@@ -28,7 +28,7 @@ impl<T> Slice<T> {
 /// All slices that count, by what was measured and by round.
 #[derive(Debug)]
 pub struct Rounds<K, T> {
-    rounds: Vec<HashMap<K, T>>,
+    values: Vec<HashMap<K, T>>,
     /// Slices measured.
     pub slices: usize,
     /// Slices thrown away because other work disturbed them.
@@ -48,7 +48,7 @@ impl<K: Copy + Eq + Hash, T: Copy> Rounds<K, T> {
         mut progress: impl FnMut(usize),
         mut measure: impl FnMut(K) -> io::Result<Slice<T>>,
     ) -> io::Result<Self> {
-        let mut all = Self { rounds: Vec::with_capacity(count), slices: 0, discarded: 0 };
+        let mut all = Self { values: Vec::with_capacity(count), slices: 0, discarded: 0 };
         let mut order = keys.to_vec();
         let mut random = Random(0x9E37_79B9_7F4A_7C15);
         for round in 0..count {
@@ -66,20 +66,20 @@ impl<K: Copy + Eq + Hash, T: Copy> Rounds<K, T> {
                     all.discarded += 1;
                 }
             }
-            all.rounds.push(values);
+            all.values.push(values);
         }
         Ok(all)
     }
 
     /// Median and bounds of one value over the rounds.
     pub fn estimate(&self, key: K, value: impl Fn(&T) -> f64) -> Option<Estimate> {
-        Estimate::of(self.rounds.iter().filter_map(|round| round.get(&key).map(&value)))
+        Estimate::of(self.values.iter().filter_map(|round| round.get(&key).map(&value)))
     }
 
     /// Median and bounds of the ratio `of` / `to`, each taken within one round: what changes slowly cancels out.
     pub fn ratio(&self, of: K, to: K, value: impl Fn(&T) -> f64) -> Option<Estimate> {
         Estimate::of(
-            self.rounds.iter().filter_map(|round| Some(value(round.get(&of)?) / value(round.get(&to)?))),
+            self.values.iter().filter_map(|round| Some(value(round.get(&of)?) / value(round.get(&to)?))),
         )
     }
 }
@@ -105,15 +105,24 @@ mod tests {
     #[test]
     fn every_key_once_a_round_and_disturbed_slices_do_not_count() {
         let mut calls = 0;
-        let rounds = Rounds::run(&['a', 'b', 'c'], 7, false, |_| (), |key| {
-            calls += 1;
-            let others = if key == 'c' { Duration::from_millis(50) } else { Duration::ZERO };
-            Ok(Slice::new(if key == 'a' { 2.0 } else { 1.0 }, others, Duration::from_secs(1)))
-        })
+        let rounds = Rounds::run(
+            &['a', 'b', 'c'],
+            7,
+            false,
+            |_| (),
+            |key| {
+                calls += 1;
+                let others = if key == 'c' { Duration::from_millis(50) } else { Duration::ZERO };
+                Ok(Slice::new(if key == 'a' { 2.0 } else { 1.0 }, others, Duration::from_secs(1)))
+            },
+        )
         .expect("measured");
         assert_eq!(calls, 7 * (2 + ATTEMPTS));
         assert_eq!(rounds.discarded, 7 * ATTEMPTS);
-        assert_eq!(rounds.ratio('a', 'b', |value| *value).map(|ratio| (ratio.median, ratio.count)), Some((2.0, 7)));
+        assert_eq!(
+            rounds.ratio('a', 'b', |value| *value).map(|ratio| (ratio.median, ratio.count)),
+            Some((2.0, 7))
+        );
         assert!(rounds.ratio('a', 'c', |value| *value).is_none());
     }
 }

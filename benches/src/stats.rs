@@ -42,10 +42,9 @@ fn outside(count: usize) -> usize {
     k.saturating_sub(1)
 }
 
-/// The value at `share` (0 to 1) of `sorted`, 0 if it is empty.
-pub fn percentile(sorted: &[u32], share: f64) -> u32 {
-    let Some(last) = sorted.len().checked_sub(1) else { return 0 };
-    sorted[(last as f64 * share).round() as usize]
+/// The value below which `percent` of `sorted` lie, 0 if it is empty.
+pub fn percentile(sorted: &[u32], percent: usize) -> u32 {
+    sorted.len().checked_sub(1).map_or(0, |last| sorted[last * percent / 100])
 }
 
 /// The median of `values`, NaN if there are none.
@@ -80,8 +79,8 @@ mod tests {
     #[test]
     fn percentiles() {
         let values: Vec<u32> = (0..=100).collect();
-        assert_eq!(percentile(&values, 0.5), 50);
-        assert_eq!(percentile(&values, 0.99), 99);
-        assert_eq!(percentile(&[], 0.5), 0);
+        assert_eq!(percentile(&values, 50), 50);
+        assert_eq!(percentile(&values, 99), 99);
+        assert_eq!(percentile(&[], 50), 0);
     }
 }

@@ -34,7 +34,8 @@ impl Request {
                  Accept-Language: en-US,en;q=0.9\r\n\r\n"
             )
         };
-        let spare = REQUEST_LEN.checked_sub(head("?q=", "keep-alive").len()).expect("the request is too long");
+        let spare =
+            REQUEST_LEN.checked_sub(head("?q=", "keep-alive").len()).expect("the request is too long");
         let query = format!("?q={}", "x".repeat(spare));
         Self {
             keep_alive: head(&query, "keep-alive").into_bytes(),
@@ -73,15 +74,27 @@ mod tests {
     fn accepts_only_success_for_its_own_origin() {
         let request = Request::new("h", "/", "https://app.example.com");
         for (name, response, good) in [
-            ("204", "HTTP/1.1 204 No Content\r\nAccess-Control-Allow-Origin: https://app.example.com\r\n\r\n", true),
+            (
+                "204",
+                "HTTP/1.1 204 No Content\r\nAccess-Control-Allow-Origin: https://app.example.com\r\n\r\n",
+                true,
+            ),
             (
                 "empty 200",
                 "HTTP/1.1 200 OK\r\naccess-control-allow-origin: https://app.example.com\r\ncontent-length: 0\r\n\r\n",
                 true,
             ),
-            ("200 with a body", "HTTP/1.1 200 OK\r\nx: https://app.example.com\r\ncontent-length: 5\r\n\r\n", false),
+            (
+                "200 with a body",
+                "HTTP/1.1 200 OK\r\nx: https://app.example.com\r\ncontent-length: 5\r\n\r\n",
+                false,
+            ),
             ("403", "HTTP/1.1 403 Forbidden\r\n\r\n", false),
-            ("another origin", "HTTP/1.1 204 No Content\r\nAccess-Control-Allow-Origin: https://a.com\r\n\r\n", false),
+            (
+                "another origin",
+                "HTTP/1.1 204 No Content\r\nAccess-Control-Allow-Origin: https://a.com\r\n\r\n",
+                false,
+            ),
             ("too short", "HTTP", false),
         ] {
             assert_eq!(request.accepts(response.as_bytes()), good, "{name}");

@@ -1,5 +1,6 @@
 //! What one answered preflight costs the server: preflightd, real proxies and a floor in one interleaved run.
 #![forbid(unsafe_code)]
+#![expect(clippy::cast_precision_loss, reason = "counts and nanoseconds of one run are far below 2^52")]
 
 use clap::Parser;
 use preflightd_benches::{
@@ -96,7 +97,8 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     let requests = |peer| if peer == Peer::PreflightdLarge { &large } else { &small };
     let (servers, missing) = start(arguments, cpus, requests)?;
 
-    let keys: Vec<Key> = Shape::ALL.into_iter().flat_map(|shape| servers.keys().map(move |&peer| (shape, peer))).collect();
+    let keys: Vec<Key> =
+        Shape::ALL.into_iter().flat_map(|shape| servers.keys().map(move |&peer| (shape, peer))).collect();
     let slice = Duration::from_millis(arguments.slice);
     let rounds = Rounds::run(
         &keys,
@@ -107,13 +109,8 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     )?;
 
     let figures = figures(&rounds);
-    if arguments.json {
-        figures.iter().for_each(|figure| println!("{}", figure.json()));
-    }
     let report = markdown(arguments, &servers, &missing, &rounds, &figures)?;
-    if !arguments.json {
-        println!("{report}");
-    }
+    report::print(arguments.json, &figures, &report);
     if arguments.rounds >= ROUNDS && !arguments.accept_noise && arguments.only.is_empty() {
         report::save("answer.md", &report)?;
         report::save("answer.svg", &chart(&servers, &rounds))?;
@@ -128,7 +125,7 @@ fn start<'a>(
     arguments: &Arguments,
     cpus: Cpus,
     requests: impl Fn(Peer) -> &'a Vec<Request>,
-) -> io::Result<(BTreeMap<Peer, Server>, Vec<(Peer, io::Error)>)> {
+) -> io::Result<(BTreeMap<Peer, Server>, Vec<String>)> {
     let dir = peers::scratch("answer")?;
     let (mut servers, mut missing) = (BTreeMap::new(), Vec::new());
     for peer in Peer::ALL {
@@ -139,7 +136,7 @@ fn start<'a>(
             Ok(server) => drop(servers.insert(peer, server)),
             Err(error) if matches!(peer, Peer::Haproxy | Peer::Envoy) => {
                 eprintln!("without {peer}: {error}");
-                missing.push((peer, error));
+                missing.push(format!("- Left out: {peer}: {}\n", error.to_string().replace('\n', "; ")));
             }
             Err(error) => return Err(io::Error::new(error.kind(), format!("{peer}: {error}"))),
         }
@@ -174,8 +171,9 @@ fn measure(
         return Err(io::Error::other("the generator must mark beginning and end"));
     };
     let (server_time, client_time) = (server_end.since(server_begin), client_end.since(client_begin));
-    // Time in which either had to wait for its CPU was somebody else's.
+    // Time in which either had to wait for its CPU was somebody else's, even if that task is gone by now.
     let waited = Duration::from_nanos(server_time.waiting.max(client_time.waiting));
+    let disturbed = others.work.max(waited.saturating_sub(others.softirq));
     let count = served.requests as f64;
     let sample = Sample {
         cpu: server_time.running as f64 / 1e3 / count,
@@ -185,7 +183,7 @@ fn measure(
     };
     // A rate that was missed is a slice lost, whoever was too slow.
     let lost = if served.kept_up { Duration::ZERO } else { served.elapsed };
-    Ok(Slice::new(sample, others.max(waited).max(lost), served.elapsed))
+    Ok(Slice::new(sample, disturbed.max(lost), served.elapsed))
 }
 
 fn figures(rounds: &Rounds<Key, Sample>) -> Vec<Figure> {
@@ -193,18 +191,42 @@ fn figures(rounds: &Rounds<Key, Sample>) -> Vec<Figure> {
     use Shape::{KeepAlive, NewConnection, TenThousand, Thousand};
     let ratios = [
         ("answer_cpu_vs_nginx_keepalive", KeepAlive, Preflightd, NginxIngress, "nginx as ingress-nginx"),
-        ("answer_cpu_vs_nginx_new_connection", NewConnection, Preflightd, NginxIngress, "nginx as ingress-nginx"),
+        (
+            "answer_cpu_vs_nginx_new_connection",
+            NewConnection,
+            Preflightd,
+            NginxIngress,
+            "nginx as ingress-nginx",
+        ),
         ("answer_cpu_vs_floor_keepalive", KeepAlive, Preflightd, Floor, "io_uring floor"),
         ("answer_cpu_vs_nginx_tuned_10k", TenThousand, Preflightd, NginxTuned, "nginx, hand-tuned"),
         ("answer_cpu_vs_floor_new_connection", NewConnection, Preflightd, Floor, "io_uring floor"),
         ("answer_cpu_vs_nginx_10k", TenThousand, Preflightd, NginxIngress, "nginx as ingress-nginx"),
         ("answer_cpu_vs_nginx_tuned_1k", Thousand, Preflightd, NginxTuned, "nginx, hand-tuned"),
         ("answer_cpu_vs_nginx_tuned_keepalive", KeepAlive, Preflightd, NginxTuned, "nginx, hand-tuned"),
-        ("answer_cpu_vs_nginx_tuned_new_connection", NewConnection, Preflightd, NginxTuned, "nginx, hand-tuned"),
+        (
+            "answer_cpu_vs_nginx_tuned_new_connection",
+            NewConnection,
+            Preflightd,
+            NginxTuned,
+            "nginx, hand-tuned",
+        ),
         ("answer_cpu_vs_haproxy_keepalive", KeepAlive, Preflightd, Haproxy, "haproxy"),
         ("answer_cpu_vs_envoy_keepalive", KeepAlive, Preflightd, Envoy, "Envoy"),
-        ("answer_cpu_large_vs_small_keepalive", KeepAlive, PreflightdLarge, Preflightd, "itself with 5 origins"),
-        ("answer_cpu_large_vs_nginx_keepalive", KeepAlive, PreflightdLarge, NginxIngress, "nginx as ingress-nginx"),
+        (
+            "answer_cpu_large_vs_small_keepalive",
+            KeepAlive,
+            PreflightdLarge,
+            Preflightd,
+            "itself with 5 origins",
+        ),
+        (
+            "answer_cpu_large_vs_nginx_keepalive",
+            KeepAlive,
+            PreflightdLarge,
+            NginxIngress,
+            "nginx as ingress-nginx",
+        ),
     ];
     ratios
         .into_iter()
@@ -218,7 +240,7 @@ fn figures(rounds: &Rounds<Key, Sample>) -> Vec<Figure> {
 fn markdown(
     arguments: &Arguments,
     servers: &BTreeMap<Peer, Server>,
-    missing: &[(Peer, io::Error)],
+    missing: &[String],
     rounds: &Rounds<Key, Sample>,
     figures: &[Figure],
 ) -> io::Result<String> {
@@ -235,7 +257,8 @@ fn markdown(
     ]);
     for (&peer, server) in servers {
         let of = |shape, value: fn(&Sample) -> f64| report::median(rounds.estimate((shape, peer), value));
-        let latency = |shape| format!("{} / {}", of(shape, |sample| sample.p50), of(shape, |sample| sample.p99));
+        let latency =
+            |shape| format!("{} / {}", of(shape, |sample| sample.p50), of(shape, |sample| sample.p99));
         table.row([
             peer.to_string(),
             of(Shape::KeepAlive, |sample| sample.cpu),
@@ -248,11 +271,7 @@ fn markdown(
             report::number(server.resident()? as f64 / f64::from(1 << 20)),
         ]);
     }
-    let left_out = missing
-        .iter()
-        .map(|(peer, error)| format!("- Left out: {peer}: {}\n", error.to_string().replace('\n', "; ")))
-        .collect::<Vec<_>>()
-        .concat();
+    let left_out = missing.concat();
     let noise = if arguments.accept_noise { ", **disturbed ones included**" } else { "" };
     Ok(format!(
         "# Answering a preflight\n\n{}\n\n{}\n{}\n\
@@ -299,7 +318,11 @@ fn chart(servers: &BTreeMap<Peer, Server>, rounds: &Rounds<Key, Sample>) -> Stri
 }
 
 /// A run that could not measure what it is for has failed.
-fn require(rounds: &Rounds<Key, Sample>, servers: &BTreeMap<Peer, Server>, arguments: &Arguments) -> io::Result<()> {
+fn require(
+    rounds: &Rounds<Key, Sample>,
+    servers: &BTreeMap<Peer, Server>,
+    arguments: &Arguments,
+) -> io::Result<()> {
     let fewest = Shape::ALL
         .into_iter()
         .flat_map(|shape| servers.keys().map(move |&peer| (shape, peer)))

@@ -75,11 +75,8 @@ struct Floor {
 
 impl Floor {
     fn new(listener: RawFd, origin: &str) -> io::Result<Self> {
-        let ring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_cqsize(8192)
-            .build(2048)?;
+        let ring =
+            IoUring::builder().setup_single_issuer().setup_defer_taskrun().setup_cqsize(8192).build(2048)?;
         ring.submitter().register_files_sparse(CONNECTIONS as u32)?;
         let answer = |connection: &str| {
             format!(
@@ -129,11 +126,13 @@ impl Floor {
             return self.receive(accepted);
         }
         match data & !u64::from(u32::MAX) {
-            RECEIVE if result <= 0 => self.end(connection),
-            RECEIVE => {
-                self.filled[connection] += result as usize;
-                self.answer(connection)
-            }
+            RECEIVE => match usize::try_from(result) {
+                Ok(0) | Err(_) => self.end(connection),
+                Ok(received) => {
+                    self.filled[connection] += received;
+                    self.answer(connection)
+                }
+            },
             // The client is gone: the receive or close behind it ends the connection.
             _ => Ok(()),
         }
