@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything that is done with this repository, one file for each subcommand.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build_ebpf;
 mod demo;
 mod ebpf_object;
@@ -28,6 +29,7 @@ enum Task {
     BuildEbpf(build_ebpf::Arguments),
     Lint(lint::Arguments),
     Test(test::Arguments),
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         Task::BuildEbpf(arguments) => build_ebpf::run(&arguments),
         Task::Lint(arguments) => lint::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -29,6 +29,11 @@ impl Arguments {
     pub(crate) fn for_demo() -> Self {
         Self { demo: true, ..Self::default() }
     }
+
+    /// Everything, the benchmarks' peers as well.
+    pub(crate) fn for_bench() -> Self {
+        Self { bench: true, ..Self::default() }
+    }
 }
 
 /// Installs what is missing.

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{lint, setup, sh};
+use crate::{bench, lint, setup, sh};
 
 /// Set up, check, build and test everything
 #[derive(clap::Args)]
@@ -35,6 +35,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         ("clippy", &|| lint::clippy().map(|()| Outcome::ran("no warnings"))),
         ("tests", &|| nextest(full)),
         ("doc tests", &doc_tests),
+        ("instructions", &instructions),
         ("fuzzing", &|| fuzz(full)),
         ("dependencies", &|| dependencies(full)),
     ];
@@ -116,6 +117,12 @@ fn nextest(full: bool) -> Result<Outcome> {
 fn doc_tests() -> Result<Outcome> {
     sh::run(sh::cargo().args(["test", "--quiet", "--locked", "--doc"]))?;
     Ok(Outcome::ran(""))
+}
+
+/// Instruction counts of the hot path, against their limits.
+fn instructions() -> Result<Outcome> {
+    bench::measure(bench::Name::Instructions, &[])?;
+    Ok(Outcome::ran("within benches/instructions.toml"))
 }
 
 /// Every fuzz target for a while: on `fuzz/seeds/TARGET` and on what earlier runs found, with `fuzz/TARGET.dict`.
