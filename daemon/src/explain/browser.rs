@@ -1,6 +1,6 @@
 //! What a browser makes of an answer: the Fetch standard's CORS-preflight fetch (§4.8), step by step.
 
-use crate::http::PreflightHead;
+use crate::{http::PreflightHead, policy::is_token};
 use serde::{Deserialize, Serialize};
 
 /// Why a browser would refuse the real request; empty lists: it goes on.
@@ -139,20 +139,16 @@ fn list<'a>(answer: &'a [httparse::Header<'_>], name: &'static str) -> Option<Ve
     for value in values(answer, name) {
         for token in std::str::from_utf8(value).ok()?.split(',') {
             let token = token.trim_matches([' ', '\t']);
-            if !token.bytes().all(is_token) {
+            if token.is_empty() {
+                continue;
+            }
+            if !is_token(token.as_bytes()) {
                 return None;
             }
-            if !token.is_empty() {
-                list.push(token);
-            }
+            list.push(token);
         }
     }
     Some(list)
-}
-
-/// RFC 9110 §5.6.2.
-fn is_token(b: u8) -> bool {
-    b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b)
 }
 
 fn requested_headers<'a>(asked: &'a PreflightHead<'_>) -> impl Iterator<Item = &'a [u8]> {

@@ -9,7 +9,10 @@
 //! CORS answer: it is ignored, as are all other headers, whatever their values (obs-text included, RFC 9110 §5.5).
 
 use super::{Head, PreflightHead};
-use crate::{policy::Connection, reason::PassReason};
+use crate::{
+    policy::{Connection, is_token},
+    reason::PassReason,
+};
 use arrayvec::ArrayVec;
 use std::mem::replace;
 
@@ -319,29 +322,4 @@ fn is_origin(value: &[u8]) -> bool {
 #[inline]
 fn all(value: &[u8], good: impl Fn(u8) -> bool) -> bool {
     value.iter().fold(true, |so_far, &b| so_far & good(b))
-}
-
-/// A token (RFC 9110 §5.6.2).
-fn is_token(value: &[u8]) -> bool {
-    !value.is_empty()
-        && value.iter().all(|&b| {
-            b.is_ascii_alphanumeric()
-                || matches!(
-                    b,
-                    b'!' | b'#'
-                        | b'$'
-                        | b'%'
-                        | b'&'
-                        | b'\''
-                        | b'*'
-                        | b'+'
-                        | b'-'
-                        | b'.'
-                        | b'^'
-                        | b'_'
-                        | b'`'
-                        | b'|'
-                        | b'~'
-                )
-        })
 }

@@ -127,7 +127,7 @@ fn names_authorization(line: &[u8]) -> bool {
 }
 
 /// Whether this is a token (RFC 9110 §5.6.2).
-pub(super) fn is_token(text: &[u8]) -> bool {
+pub(crate) fn is_token(text: &[u8]) -> bool {
     !text.is_empty() && text.iter().all(|&b| CLASS[usize::from(b)] & TOKEN != 0)
 }
 

@@ -16,6 +16,7 @@ pub mod spec;
 mod strings;
 pub mod table;
 
+pub(crate) use acrh::is_token;
 pub use answer::{Answer, Connection, DenyReason, Outcome};
 pub use labels::{RouteId, RouteLabels};
 pub use spec::{
