@@ -147,6 +147,7 @@ pub fn provenance(command: &str) -> io::Result<String> {
 
 /// Writes a result where the README shows it, and says so on stderr.
 pub fn save(name: &str, text: &str) -> io::Result<()> {
+    fs::create_dir_all(results())?;
     let path = results().join(name);
     fs::write(&path, text)?;
     eprintln!("wrote {}", path.display());
