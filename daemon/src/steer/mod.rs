@@ -252,7 +252,7 @@ mod tests {
             let mut counter = Counter::load(&[SERVED]).expect(name);
             let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
             let verdict = counter.program().test_run(options).expect(name).return_value;
-            assert_eq!(verdict as i32, -1, "{name}: the packet goes on to the next program");
+            assert_eq!(verdict.cast_signed(), -1, "{name}: the packet goes on to the next program");
             let got = (counter.count(SERVED).expect(name), counter.uncounted().expect(name));
             assert_eq!(got, want, "{name}");
         }
