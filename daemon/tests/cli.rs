@@ -123,6 +123,7 @@ fn exit_codes_and_words() {
         &["--origin", "https://app.example.com", "--method", "PUT", "--header", "Content-Type"];
     let explain = |more: &[&'static str]| [&["explain", "--config", "good.toml"][..], ask, more].concat();
     // Name, arguments, exit code, parts of the standard output, parts of the standard error.
+    #[expect(clippy::type_complexity, reason = "a table of cases, read once")]
     let cases: &[(&str, Vec<&str>, i32, &[&str], &[&str])] = &[
         ("no command", vec![], 2, &[], &["Usage:"]),
         ("help", vec!["--help"], 0, &["Examples:", "Exit codes:"], &[]),
