@@ -50,8 +50,8 @@ pub(super) enum Step {
     Send,
     /// Send, and when all is sent, read: no other request waits. Plain [`Step::Send`] will do as well.
     SendThenRead,
-    /// Send, and when all is sent, close: nothing that was received is left unread, which would make the kernel
-    /// reset the connection and eat the answer. Plain [`Step::Send`] will do as well.
+    /// Send, and when all is sent, close, best in one packet: nothing that was received is left unread, and the client
+    /// has said that this was its last request. Plain [`Step::Send`] will do as well.
     SendThenClose,
     /// Shut the sending side, then tell by [`Connection::shut`].
     Shut,
@@ -84,7 +84,8 @@ pub(super) enum Wait {
 enum End {
     /// Not in sight.
     Open,
-    /// With a close; `linger` if the client may still be sending.
+    /// With a close; `linger` if the client may still be sending: what comes unread makes the kernel reset the
+    /// connection, and eats the answer (RFC 9112 §9.6).
     Close { linger: bool },
     /// The sending side is shut; what still comes is thrown away.
     Lingering,
@@ -296,12 +297,12 @@ impl Connection {
                 One::Incomplete if self.eof => return self.pass(PassReason::Truncated, RouteId::OTHER, cx),
                 One::Incomplete => return,
                 One::Pass(reason, route) => return self.pass(reason, route, cx),
-                One::Answered { len, close } => {
+                One::Answered { len, end } => {
                     self.begin += len;
                     self.reader = HeadReader::new();
                     self.restart = true;
-                    if close {
-                        self.end = End::Close { linger: self.more || self.begin < self.filled };
+                    if let End::Close { linger } = end {
+                        self.end = End::Close { linger: linger || self.more || self.begin < self.filled };
                         return;
                     }
                 }
@@ -332,10 +333,10 @@ impl Connection {
 enum One {
     Incomplete,
     Pass(PassReason, RouteId),
-    /// Its head had `len` bytes; `close`: no other is answered after it.
+    /// Its head had `len` bytes.
     Answered {
         len: usize,
-        close: bool,
+        end: End,
     },
 }
 
@@ -372,7 +373,11 @@ fn answer_one(
     answer.render(cx.date, persistence, output);
     cx.stats.answered(answer.route, answer.outcome);
     cx.answers.set(cx.answers.get() + 1);
-    One::Answered { len: head.len, close: persistence == Persistence::Close }
+    let end = match persistence {
+        Persistence::Close => End::Close { linger: head.connection != Persistence::Close },
+        _ => End::Open,
+    };
+    One::Answered { len: head.len, end }
 }
 
 /// What a client is told where there is nobody to pass its request to.
@@ -609,7 +614,9 @@ mod tests {
         assert_eq!(driver.statuses(), [204, 204]);
         assert_eq!(answers.matches("Connection: close").count(), 1);
         assert!(answers.rfind("Connection: close") > answers.rfind("204"));
-        assert_eq!(driver.seen.end, Ended::Closed);
+        assert_eq!(driver.seen.end, Ended::Open, "it may be sending the next: lingers");
+        driver.end();
+        assert_eq!(driver.seen.end, Ended::Lingered);
     }
 
     #[test]

@@ -283,7 +283,9 @@ impl Epoll {
                 Step::Send | Step::SendThenRead | Step::SendThenClose if !entry.writable => return,
                 Step::Send | Step::SendThenRead | Step::SendThenClose => {
                     let bytes = connection.unsent();
-                    match rustix::net::send(socket, bytes, SendFlags::NOSIGNAL) {
+                    // The FIN of the close goes out with the answer.
+                    let more = if step == Step::SendThenClose { SendFlags::MORE } else { SendFlags::empty() };
+                    match rustix::net::send(socket, bytes, SendFlags::NOSIGNAL | more) {
                         Ok(n) => {
                             entry.writable = n == bytes.len();
                             connection.sent(n);

@@ -36,6 +36,10 @@ const SUBMISSIONS: u32 = 1024;
 /// IORING_RECVSEND_POLL_FIRST: who has its answer seldom has sent the next request already, so do not try in vain.
 const POLL_FIRST: u16 = 1;
 
+/// IORING_ACCEPT_POLL_FIRST (Linux 6.10): the queue is mostly empty when an accept is armed, and the kernel makes a socket
+/// and a file before it finds that out. Measured with a connection per request: a seventh of the worker's CPU.
+const ACCEPT_POLL_FIRST: u16 = 4;
+
 /// Completions that are handled before a look at the room in the submission queue; each submits three at most.
 const CHUNK: usize = 128;
 
@@ -47,6 +51,7 @@ pub(super) struct Features {
     coop_taskrun: bool,
     /// Connections in the ring's file table. Needs FIXED_FD_INSTALL (Linux 6.8), for those that the relay gets.
     direct: bool,
+    accept_poll_first: bool,
 }
 
 impl Features {
@@ -60,8 +65,9 @@ impl Features {
             [(true, true, true), (true, false, true), (false, false, true), (false, false, false)];
         let mut refusal = io::Error::from(io::ErrorKind::Unsupported);
         for (single_issuer, defer_taskrun, coop_taskrun) in candidates {
-            let mut features = Self { single_issuer, defer_taskrun, coop_taskrun, direct: false };
-            let ring = match features.ring(8, 16) {
+            let (direct, accept_poll_first) = (false, false);
+            let mut features = Self { single_issuer, defer_taskrun, coop_taskrun, direct, accept_poll_first };
+            let mut ring = match features.ring(8, 16) {
                 Ok(ring) => ring,
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                     refusal = error;
@@ -93,6 +99,7 @@ impl Features {
             }
             features.direct = probe.is_supported(opcode::FixedFdInstall::CODE)
                 && ring.submitter().register_files_sparse(8).is_ok();
+            features.accept_poll_first = knows_accept_poll_first(&mut ring)?;
             return Ok(features);
         }
         Err(unsupported(refusal))
@@ -115,7 +122,7 @@ impl Features {
     /// As on a kernel without FIXED_FD_INSTALL, or without deferred task work either.
     #[cfg(test)]
     pub(super) fn of_older_kernels(self) -> [Self; 2] {
-        let plain = Self { direct: false, ..self };
+        let plain = Self { direct: false, accept_poll_first: false, ..self };
         [plain, Self { single_issuer: false, defer_taskrun: false, ..plain }]
     }
 
@@ -141,8 +148,32 @@ impl fmt::Display for Features {
         } else {
             "plain descriptors: no FIXED_FD_INSTALL before Linux 6.8"
         })?;
+        f.write_str(if self.accept_poll_first {
+            ", accepts that poll first"
+        } else {
+            ", accepts that try first: no ACCEPT_POLL_FIRST before Linux 6.10"
+        })?;
         f.write_str(")")
     }
+}
+
+/// Whether the kernel has IORING_ACCEPT_POLL_FIRST: it looks at an accept's flags before its descriptor (io_accept_prep in
+/// io_uring/net.c), which is none here.
+fn knows_accept_poll_first(ring: &mut IoUring) -> io::Result<bool> {
+    let accept = opcode::Accept::new(Fd(-1), std::ptr::null_mut(), std::ptr::null_mut()).build();
+    // SAFETY: it refers to no memory.
+    let pushed = unsafe { ring.submission().push(&with_ioprio(accept, ACCEPT_POLL_FIRST)) };
+    debug_assert!(pushed.is_ok(), "the ring is new");
+    ring.submit_and_wait(1)?;
+    Ok(ring.completion().next().is_some_and(|completion| completion.result() == -libc::EBADF))
+}
+
+/// Sets the flags of an operation that the crate has no word for.
+fn with_ioprio(mut sqe: squeue::Entry, ioprio: u16) -> squeue::Entry {
+    const { assert!(size_of::<squeue::Entry>() == 64, "struct io_uring_sqe") };
+    // SAFETY: the entry is a `struct io_uring_sqe` (repr(C), as the kernel reads it): bytes 2 and 3 are `ioprio`.
+    unsafe { (&raw mut sqe).cast::<u16>().add(1).write(ioprio) };
+    sqe
 }
 
 /// The expected refusals of io_uring become `Unsupported`, with what they mean.
@@ -226,7 +257,7 @@ struct Listener {
 /// A worker on io_uring.
 pub(super) struct Uring {
     ring: IoUring,
-    direct: bool,
+    features: Features,
     entries: Vec<Entry>,
     max_entries: usize,
     free: Vec<u32>,
@@ -281,7 +312,7 @@ impl Uring {
             .collect::<io::Result<_>>()?;
         Ok(Self {
             ring,
-            direct: features.direct,
+            features,
             entries: Vec::new(),
             max_entries,
             free: Vec::new(),
@@ -392,7 +423,7 @@ impl Uring {
             return;
         }
         entry.state = State::Open;
-        if !self.direct {
+        if !self.features.direct {
             // SAFETY: accept made this descriptor for us alone.
             entry.fd = Some(unsafe { OwnedFd::from_raw_fd(result) });
         }
@@ -510,16 +541,18 @@ impl Uring {
         }
         match step {
             Step::Read => self.push_recv(slot, POLL_FIRST),
-            Step::Send | Step::SendThenRead => self.push_send(slot, Flags::empty()),
+            Step::Send | Step::SendThenRead => self.push_send(slot, Flags::empty(), 0),
             Step::SendThenClose => {
-                self.push_send(slot, Flags::IO_LINK | Flags::SKIP_SUCCESS);
+                // MSG_MORE: the FIN of the close goes out with the answer, which saves a packet (and with a connection
+                // per request a fifth of the worker's CPU, measured).
+                self.push_send(slot, Flags::IO_LINK | Flags::SKIP_SUCCESS, libc::MSG_MORE);
                 self.push_close(slot);
             }
             Step::Shut => {
                 let sqe = opcode::Shutdown::new(self.fd(slot), libc::SHUT_WR).build();
                 self.push(slot, op::SHUT, sqe);
             }
-            Step::HandOver(reason) if self.direct => {
+            Step::HandOver(reason) if self.features.direct => {
                 self.entries[slot].state = State::Leaving(reason);
                 self.reserve(2);
                 let sqe = opcode::FixedFdInstall::new(Fixed(slot as u32), 0).build();
@@ -621,7 +654,7 @@ impl Uring {
             let Some(slot) = self.allocate(index) else { return };
             let entry = &mut self.entries[slot];
             entry.state = State::Open;
-            if !self.direct {
+            if !self.features.direct {
                 entry.fd = Some(client);
             } else if self.ring.submitter().register_files_update(slot as u32, &[client.as_raw_fd()]).is_err()
             {
@@ -757,14 +790,20 @@ impl Uring {
         self.entries[slot].state = State::Accepting;
         self.listeners[listener].armed += 1;
         self.armed += 1;
-        if self.direct {
+        if self.features.direct {
             let target = DestinationSlot::try_from_slot_target(slot as u32).ok();
             self.reserve(2);
-            self.push_plain(slot, op::ACCEPT, accept.file_index(target).build().flags(Flags::IO_LINK));
+            let accept = accept.file_index(target).build().flags(Flags::IO_LINK);
+            self.push_plain(slot, op::ACCEPT, self.poll_first(accept));
             self.push_recv(slot, 0);
         } else {
-            self.push_plain(slot, op::ACCEPT, accept.flags(libc::SOCK_CLOEXEC).build());
+            let accept = accept.flags(libc::SOCK_CLOEXEC).build();
+            self.push_plain(slot, op::ACCEPT, self.poll_first(accept));
         }
+    }
+
+    fn poll_first(&self, accept: squeue::Entry) -> squeue::Entry {
+        if self.features.accept_poll_first { with_ioprio(accept, ACCEPT_POLL_FIRST) } else { accept }
     }
 
     fn push_recv(&mut self, slot: usize, ioprio: u16) {
@@ -776,12 +815,12 @@ impl Uring {
     }
 
     /// MSG_WAITALL: the kernel goes on until all is sent; should it fail in between, a linked close is not done.
-    fn push_send(&mut self, slot: usize, flags: Flags) {
+    fn push_send(&mut self, slot: usize, flags: Flags, more: libc::c_int) {
         self.reserve(2);
         let fd = self.fd(slot);
         let bytes = self.entries[slot].connection.unsent();
         let sqe = opcode::Send::new(fd, bytes.as_ptr(), bytes.len() as u32)
-            .flags(libc::MSG_WAITALL | libc::MSG_NOSIGNAL)
+            .flags(libc::MSG_WAITALL | libc::MSG_NOSIGNAL | more)
             .build();
         self.push(slot, op::SEND, sqe.flags(flags));
     }
@@ -805,7 +844,7 @@ impl Uring {
 
     /// An operation on the entry's socket.
     fn push(&mut self, slot: usize, kind: u8, sqe: squeue::Entry) {
-        self.push_plain(slot, kind, if self.direct { sqe.flags(Flags::FIXED_FILE) } else { sqe });
+        self.push_plain(slot, kind, if self.features.direct { sqe.flags(Flags::FIXED_FILE) } else { sqe });
     }
 
     fn push_plain(&mut self, slot: usize, kind: u8, sqe: squeue::Entry) {
@@ -868,7 +907,7 @@ impl Drop for Uring {
             // Better lost than written to by the kernel.
             mem::forget(mem::take(&mut self.entries));
         }
-        if self.direct {
+        if self.features.direct {
             let _ = self.ring.submitter().unregister_files();
         }
     }
