@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::cast_precision_loss, reason = "counts and nanoseconds of one run are far below 2^52")]
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use preflightd_benches::{
     cpu::{self, Cpus},
     load::{self, Load, Pace},
@@ -45,6 +45,9 @@ struct Arguments {
     /// Only these servers, such as `preflightd,floor`; nothing is written.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Only these loads; nothing is written.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    loads: Vec<Shape>,
 }
 
 /// One slice's figures.
@@ -57,11 +60,13 @@ struct Sample {
     per_second: f64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
 enum Shape {
     KeepAlive,
     NewConnection,
+    #[value(name = "10k")]
     TenThousand,
+    #[value(name = "1k")]
     Thousand,
 }
 
@@ -98,7 +103,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     let (servers, missing) = start(arguments, cpus, requests)?;
 
     let keys: Vec<Key> =
-        Shape::ALL.into_iter().flat_map(|shape| servers.keys().map(move |&peer| (shape, peer))).collect();
+        loads(arguments).flat_map(|shape| servers.keys().map(move |&peer| (shape, peer))).collect();
     let slice = Duration::from_millis(arguments.slice);
     let rounds = Rounds::run(
         &keys,
@@ -111,7 +116,11 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     let figures = figures(&rounds);
     let report = markdown(arguments, &servers, &missing, &rounds, &figures)?;
     report::print(arguments.json, &figures, &report);
-    if arguments.rounds >= ROUNDS && !arguments.accept_noise && arguments.only.is_empty() {
+    if arguments.rounds >= ROUNDS
+        && !arguments.accept_noise
+        && arguments.only.is_empty()
+        && arguments.loads.is_empty()
+    {
         report::save("answer.md", &report)?;
         report::save("answer.svg", &chart(&servers, &rounds))?;
     } else {
@@ -184,6 +193,11 @@ fn measure(
     // A rate that was missed is a slice lost, whoever was too slow.
     let lost = if served.kept_up { Duration::ZERO } else { served.elapsed };
     Ok(Slice::new(sample, disturbed.max(lost), served.elapsed))
+}
+
+/// The loads that were asked for.
+fn loads(arguments: &Arguments) -> impl Iterator<Item = Shape> {
+    Shape::ALL.into_iter().filter(|shape| arguments.loads.is_empty() || arguments.loads.contains(shape))
 }
 
 fn figures(rounds: &Rounds<Key, Sample>) -> Vec<Figure> {
@@ -323,8 +337,7 @@ fn require(
     servers: &BTreeMap<Peer, Server>,
     arguments: &Arguments,
 ) -> io::Result<()> {
-    let fewest = Shape::ALL
-        .into_iter()
+    let fewest = loads(arguments)
         .flat_map(|shape| servers.keys().map(move |&peer| (shape, peer)))
         .map(|key| rounds.estimate(key, |sample| sample.cpu).map_or(0, |estimate| estimate.count))
         .min();

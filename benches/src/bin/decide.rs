@@ -56,6 +56,9 @@ struct Arguments {
     /// Keep batches that other work disturbed: for trying things out; nothing is written.
     #[arg(long)]
     accept_noise: bool,
+    /// Only these figures, such as `decide_ns_1000x10x50`; nothing is written.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -73,6 +76,9 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     // First, while the heap is empty, so that memory is this table's alone.
     let mut once = compile(Size { hosts: 10_000, routes: 10, origins: 5 })?;
     let mut subjects = subjects();
+    if !arguments.only.is_empty() {
+        subjects.retain(|subject| arguments.only.iter().any(|only| only == subject.name));
+    }
     let names: Vec<usize> = (0..subjects.len()).collect();
     let rounds = Rounds::run(
         &names,
@@ -88,13 +94,16 @@ fn run(arguments: &Arguments) -> io::Result<()> {
             figures.push(Figure { name: subject.name, estimate, unit: subject.unit.name(), peer: "" });
         }
     }
+    let mut ratios = 0;
     for (name, of, to) in RATIOS {
-        let number = |name| subjects.iter().position(|subject| subject.name == name).unwrap_or_default();
-        if let Some(estimate) = rounds.ratio(number(of), number(to), |time| *time) {
+        let number = |name| subjects.iter().position(|subject| subject.name == name);
+        let (Some(of), Some(to)) = (number(of), number(to)) else { continue };
+        ratios += 1;
+        if let Some(estimate) = rounds.ratio(of, to, |time| *time) {
             figures.push(Figure { name, estimate, unit: "ratio", peer: "itself" });
         }
     }
-    let missing = subjects.len() + RATIOS.len() - figures.len();
+    let missing = subjects.len() + ratios - figures.len();
     figures.append(&mut once);
 
     let noise = if arguments.accept_noise { ", **disturbed ones included**" } else { "" };
@@ -105,6 +114,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
          - `head_ns`: finding, parsing and judging the {REQUEST_LEN} B head of a Chrome preflight. `render_ns`: writing the answer.\n\
          - `acrh_16k_us_…`: decision and answer for 16 KiB of hostile `Access-Control-Request-Headers`, the slowest of {} kinds, \
          where the policy lists its headers and where it echoes them.\n\
+         - Each batch is preceded by a quarter of one that is not counted, so that caches are as this subject alone leaves them.\n\
          - No allocation happened in any of them: each batch counts.\n\
          - {} rounds in shuffled order; {} batches{noise}, {} of them thrown away because this thread had to wait for its CPU for more \
          than {:.0} % of the time (each is tried {ATTEMPTS} times).\n",
@@ -122,7 +132,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
             "other work kept disturbing this machine: run this again when it is quiet",
         ));
     }
-    if arguments.rounds >= ROUNDS && !arguments.accept_noise {
+    if arguments.rounds >= ROUNDS && !arguments.accept_noise && arguments.only.is_empty() {
         report::save("decide.md", &report)?;
     } else {
         eprintln!("not written to benches/results: that takes {ROUNDS} undisturbed rounds");
@@ -171,8 +181,10 @@ impl Subject {
         subject
     }
 
-    /// CPU nanoseconds of one, and those of the whole batch: what other threads take in between does not count.
+    /// CPU nanoseconds of one, and those of the whole batch: what other threads take in between does not count. A quarter
+    /// of a batch goes before and is not counted: what other subjects have pushed out of the caches comes back.
     fn batch(&mut self) -> (f64, Duration) {
+        (self.repeat)(self.count / 4);
         let begin = cpu_time();
         (self.repeat)(self.count);
         let elapsed = cpu_time().saturating_sub(begin);

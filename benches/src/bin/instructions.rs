@@ -47,6 +47,8 @@ struct Arguments {
 enum Subject {
     /// `decide` on 1,000 hosts × 10 routes × 50 origins.
     Decide,
+    /// The same on 10 hosts × 10 routes × 5 origins: flat means that it is nearly as many.
+    DecideSmall,
     /// Finding, parsing and judging the head of a Chrome preflight.
     Head,
     /// Writing the answer.
@@ -56,11 +58,12 @@ enum Subject {
 }
 
 impl Subject {
-    const ALL: [Self; 4] = [Self::Decide, Self::Head, Self::Render, Self::HostileHeaders];
+    const ALL: [Self; 5] = [Self::Decide, Self::DecideSmall, Self::Head, Self::Render, Self::HostileHeaders];
 
     fn name(self) -> &'static str {
         match self {
             Self::Decide => "instructions_decide_1000x10x50",
+            Self::DecideSmall => "instructions_decide_10x10x5",
             Self::Head => "instructions_head",
             Self::Render => "instructions_render",
             Self::HostileHeaders => "instructions_acrh_16k",
@@ -143,9 +146,11 @@ impl Subject {
 
     fn perform(self) {
         match self {
-            Self::Decide => {
-                let table = policies::table(&policies::specs(Size::LARGE));
-                for of in policies::combinations(Size::LARGE, TIMES.into()) {
+            Self::Decide | Self::DecideSmall => {
+                let small = Size { hosts: 10, routes: 10, origins: 5 };
+                let size = if self == Self::Decide { Size::LARGE } else { small };
+                let table = policies::table(&policies::specs(size));
+                for of in policies::combinations(size, TIMES.into()) {
                     assert!(watched_decide(&table, &policies::preflight(&of, ASKED)), "{of:?}");
                 }
             }

@@ -2,7 +2,7 @@
 
 use super::RouteId;
 use super::acrh::{self, Echo};
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 /// What an answer says of the connection (RFC 9112 §9.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,10 +168,10 @@ pub(super) enum EchoHeaders {
 }
 
 /// The static bytes of an answer and what is spliced in.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Template {
     kind: &'static Kind,
-    fixed: Box<[u8]>,
+    fixed: Arc<[u8]>,
     echo_origin: bool,
     echo_method: bool,
     headers: EchoHeaders,
@@ -254,7 +254,7 @@ impl Builder {
     fn new(kind: &'static Kind) -> Self {
         let template = Template {
             kind,
-            fixed: Box::default(),
+            fixed: Arc::default(),
             echo_origin: false,
             echo_method: false,
             headers: EchoHeaders::Never,

@@ -11,37 +11,40 @@ use std::sync::{Arc, LazyLock};
 /// Longer method names pass: none is in use.
 const MAX_METHOD: usize = 64;
 
-/// Validated rules, whatever dialect they were written in.
-#[derive(Debug, PartialEq, Eq, Hash)]
+/// Validated rules, whatever dialect they were written in. Clones share what is large. Two cache lines: the first has
+/// what a request is compared with.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[repr(C, align(64))]
 pub(super) struct Core {
-    /// Set if every request passes, whoever asks.
-    pub(super) gate: Option<PassReason>,
-    /// The dialect's own way with what is not allowed.
-    pub(super) on_denied: OnDenied,
     pub(super) origins: Origins,
     pub(super) methods: Methods,
-    pub(super) headers: RequestHeaders,
+    /// Allowed request headers; `None`: the answer lists them, and the browser judges.
+    pub(super) headers: Option<Arc<Names>>,
+    /// Set if every request passes, whoever asks.
+    pub(super) gate: Option<PassReason>,
+    /// What becomes of what is not allowed.
+    pub(super) on_denied: OnDenied,
     pub(super) allowed: Template,
     pub(super) denied: Arc<Template>,
 }
 
+const _: () = assert!(size_of::<Core>() == 128);
+
 /// Which methods are allowed.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Methods {
     /// The answer lists them, and the browser judges.
     Unchecked,
     /// These, beside GET, HEAD and POST (Fetch §4.9 never refuses those).
     Listed {
-        /// Bits of [`USUAL`] methods.
+        /// Bits as of [`usual_bit`].
         usual: u8,
         /// Any others.
-        others: Option<Box<Strings>>,
+        others: Option<Arc<Strings>>,
     },
 }
 
-/// The methods that nearly all lists consist of.
-const USUAL: [&[u8]; 7] = [b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"PATCH", b"OPTIONS"];
-/// GET, HEAD and POST among them.
+/// GET, HEAD and POST among the usual methods.
 const SAFE: u8 = 0b111;
 
 impl Methods {
@@ -49,21 +52,22 @@ impl Methods {
     pub(super) fn listed<T: AsRef<[u8]>>(list: &[T]) -> Self {
         let usual = list.iter().fold(SAFE, |bits, method| bits | usual_bit(method.as_ref()));
         let others: Vec<&[u8]> = list.iter().map(AsRef::as_ref).filter(|m| usual_bit(m) == 0).collect();
-        Methods::Listed { usual, others: (!others.is_empty()).then(|| Box::new(Strings::new(others))) }
+        Methods::Listed { usual, others: (!others.is_empty()).then(|| Arc::new(Strings::new(others))) }
     }
 }
 
+/// A bit for each of the methods that nearly all lists consist of; 0 for others.
 fn usual_bit(method: &[u8]) -> u8 {
-    USUAL.iter().position(|usual| *usual == method).map_or(0, |i| 1 << i)
-}
-
-/// Which request headers are allowed.
-#[derive(Debug, PartialEq, Eq, Hash)]
-pub(super) enum RequestHeaders {
-    /// The answer lists them, and the browser judges.
-    Unchecked,
-    /// These.
-    Listed(Names),
+    match method {
+        b"GET" => 1,
+        b"HEAD" => 2,
+        b"POST" => 4,
+        b"PUT" => 8,
+        b"DELETE" => 16,
+        b"PATCH" => 32,
+        b"OPTIONS" => 64,
+        _ => 0,
+    }
 }
 
 /// 204 without any CORS header, for the dialects that refuse so.
@@ -91,26 +95,30 @@ impl Core {
             on_denied: OnDenied::Pass,
             origins: Origins::Web(super::origin::Web::default()),
             methods: Methods::Unchecked,
-            headers: RequestHeaders::Unchecked,
+            headers: None,
             allowed: Template::no_content().build(),
             denied: bare_no_content(),
         }
     }
 
-    /// Judges a request. `on_denied` is the dialect's way or the policy's own.
+    /// Judges a request.
     #[inline]
     pub(super) fn judge<'a>(
         &'a self,
         request: &Preflight<'a>,
-        on_denied: OnDenied,
         route: RouteId,
         trace: &mut impl Trace,
     ) -> Decision<'a> {
+        if let Some(reason) = self.gate {
+            trace.step(|| format!("passed: the policy is {}", reason.as_str()));
+            return Decision::Pass(reason, route);
+        }
         if !is_plain(request.origin) {
             trace.step(|| "origin: not visible ASCII, or too long: passed".to_owned());
             return Decision::Pass(PassReason::BadOrigin, route);
         }
-        if request.method.len() > MAX_METHOD || !is_token(request.method) {
+        let usual_bit = usual_bit(request.method);
+        if usual_bit == 0 && (request.method.len() > MAX_METHOD || !is_token(request.method)) {
             trace.step(|| "method: not a token: passed".to_owned());
             return Decision::Pass(PassReason::BadRequestMethod, route);
         }
@@ -119,17 +127,16 @@ impl Core {
             format!("origin: {} {}", request.origin.escape_ascii(), self.origins.explain(request.origin))
         });
         if !allowed {
-            return self.refuse(request, on_denied, DenyReason::Origin, route, trace);
+            return self.refuse(request, DenyReason::Origin, route, trace);
         }
         match &self.methods {
             Methods::Unchecked => {
                 trace.step(|| format!("method: {} is left to the browser", request.method.escape_ascii()));
             }
             Methods::Listed { usual, others } => {
-                let bit = usual_bit(request.method);
-                let safe = bit & SAFE != 0;
-                let allowed =
-                    usual & bit != 0 || others.as_ref().is_some_and(|others| others.contains(request.method));
+                let safe = usual_bit & SAFE != 0;
+                let allowed = usual & usual_bit != 0
+                    || others.as_ref().is_some_and(|others| others.contains(request.method));
                 trace.step(|| {
                     let method = request.method.escape_ascii();
                     match (safe, allowed) {
@@ -139,11 +146,11 @@ impl Core {
                     }
                 });
                 if !allowed {
-                    return self.refuse(request, on_denied, DenyReason::Method, route, trace);
+                    return self.refuse(request, DenyReason::Method, route, trace);
                 }
             }
         }
-        if let RequestHeaders::Listed(names) = &self.headers {
+        if let Some(names) = &self.headers {
             let allowed = names.allow(request.headers);
             trace.step(|| {
                 let asked: Vec<String> = request.headers.iter().map(|l| l.escape_ascii().to_string()).collect();
@@ -157,7 +164,7 @@ impl Core {
                 }
             });
             if !allowed {
-                return self.refuse(request, on_denied, DenyReason::Headers, route, trace);
+                return self.refuse(request, DenyReason::Headers, route, trace);
             }
         } else {
             trace.step(|| "headers: left to the browser".to_owned());
@@ -168,12 +175,11 @@ impl Core {
     fn refuse<'a>(
         &'a self,
         request: &Preflight<'a>,
-        on_denied: OnDenied,
         reason: DenyReason,
         route: RouteId,
         trace: &mut impl Trace,
     ) -> Decision<'a> {
-        if on_denied == OnDenied::Pass {
+        if self.on_denied == OnDenied::Pass {
             trace.step(|| "passed: the proxy answers what this policy does not allow".to_owned());
             let reason = match reason {
                 DenyReason::Origin => PassReason::OriginNotAllowed,

@@ -3,11 +3,11 @@
 use super::spec::ListenerSpec;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// Room for a lower-cased host (RFC 1035: at most 253 bytes).
-pub(super) type Buffer = [u8; 257];
+/// Longest host (RFC 1035).
+const MAX: usize = 253;
 
-/// Bytes that are judged at once.
-const CHUNK: usize = 32;
+/// Room for a host that has to be lower-cased; browsers send it so.
+pub(super) type Buffer = Option<[u8; MAX]>;
 
 /// A well-formed host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,13 +45,18 @@ impl Own {
     }
 
     /// Reads a `Host` value; `None` if it is not a host and port that this listener serves. `buffer` is overwritten.
-    pub(super) fn parse<'b>(&self, value: &[u8], buffer: &'b mut Buffer) -> Option<Host<'b>> {
-        let (name, port) = split_port(value)?;
-        if let Some(port) = port
-            && !self.ports.is_empty()
-            && self.ports.binary_search(&port).is_err()
-        {
-            return None;
+    pub(super) fn parse<'b>(&self, value: &'b [u8], buffer: &'b mut Buffer) -> Option<Host<'b>> {
+        let len = name_len(value)?;
+        let (name, rest) = value.split_at(len);
+        match rest.split_first() {
+            None => {}
+            Some((b':', digits)) => {
+                let port = parse_port(digits)?;
+                if !self.ports.is_empty() && self.ports.binary_search(&port).is_err() {
+                    return None;
+                }
+            }
+            Some(_) => return None,
         }
         parse_name(name, buffer)
     }
@@ -62,18 +67,13 @@ impl Own {
     }
 }
 
-/// `host`, `host:port`, `[v6]`, `[v6]:port`; the port in its canonical form.
-fn split_port(value: &[u8]) -> Option<(&[u8], Option<u16>)> {
-    let name_len = if value.first() == Some(&b'[') {
-        value.iter().position(|&b| b == b']')? + 1
-    } else {
-        memchr::memchr(b':', value).unwrap_or(value.len())
-    };
-    let (name, rest) = value.split_at(name_len);
-    match rest.split_first() {
-        None => Some((name, None)),
-        Some((b':', digits)) => Some((name, Some(parse_port(digits)?))),
-        Some(_) => None,
+/// Where the name of `host`, `host:port`, `[v6]` or `[v6]:port` ends.
+fn name_len(value: &[u8]) -> Option<usize> {
+    match value {
+        [b'[', ..] => Some(value.iter().position(|&b| b == b']')? + 1),
+        // Most have no port: one look tells whether the last bytes can be one.
+        [.., last] if !last.is_ascii_digit() && *last != b':' => Some(value.len()),
+        _ => Some(memchr::memchr(b':', value).unwrap_or(value.len())),
     }
 }
 
@@ -93,12 +93,12 @@ pub(super) fn parse_port(digits: &[u8]) -> Option<u16> {
 }
 
 /// Lower-cases a host without port; `None` if it is no plain host.
-pub(super) fn parse_name<'b>(name: &[u8], buffer: &'b mut Buffer) -> Option<Host<'b>> {
-    if name.is_empty() || name.len() > 253 {
+pub(super) fn parse_name<'b>(name: &'b [u8], buffer: &'b mut Buffer) -> Option<Host<'b>> {
+    if name.is_empty() || name.len() > MAX {
         return None;
     }
     if name[0] == b'[' {
-        let lower = &mut buffer[..name.len()];
+        let lower = &mut buffer.insert([0; MAX])[..name.len()];
         lower.copy_from_slice(name);
         lower.make_ascii_lowercase();
         let lower: &'b [u8] = lower;
@@ -106,29 +106,24 @@ pub(super) fn parse_name<'b>(name: &[u8], buffer: &'b mut Buffer) -> Option<Host
         let address: Ipv6Addr = text.parse().ok()?;
         return Some(Host { name: lower, literal: Some(Literal { loopback: address.is_loopback() }) });
     }
-    // A dot stands before the name, so that an empty label is always two dots in a row; letters stand behind it up to
-    // a whole chunk: loops over whole chunks vectorise, early exits and odd ends do not.
-    let padded = name.len().next_multiple_of(CHUNK);
-    buffer[0] = b'.';
-    buffer[1..=name.len()].copy_from_slice(name);
-    buffer[1 + name.len()..=padded].fill(b'a');
-    let mut strange = 0;
-    for chunk in buffer[1..=padded].as_chunks_mut::<CHUNK>().0 {
-        for b in chunk {
-            *b = b.to_ascii_lowercase();
-            strange |= u8::from(!is_name_byte(*b));
-        }
+    let (mut seen, mut before) = (0, DOT);
+    for &b in name {
+        let class = CLASS[usize::from(b)];
+        // An empty label is two dots in a row, or one at the beginning.
+        seen |= class | (class & before & DOT) << 1;
+        before = class;
     }
-    let (before, here) = (buffer[..padded].as_chunks::<CHUNK>().0, buffer[1..=padded].as_chunks::<CHUNK>().0);
-    for (before, here) in before.iter().zip(here) {
-        for i in 0..CHUNK {
-            strange |= u8::from(before[i] == b'.') & u8::from(here[i] == b'.');
-        }
-    }
-    let lower: &'b [u8] = &buffer[1..=name.len()];
-    if strange != 0 || lower.ends_with(b".") {
+    if seen & (STRANGE | DOTS) != 0 || before == DOT {
         return None;
     }
+    let lower: &'b [u8] = if seen & UPPER == 0 {
+        name
+    } else {
+        let lower = &mut buffer.insert([0; MAX])[..name.len()];
+        lower.copy_from_slice(name);
+        lower.make_ascii_lowercase();
+        lower
+    };
     let label = lower.iter().rposition(|&b| b == b'.').map_or(0, |dot| dot + 1);
     if !ends_in_number(&lower[label..]) {
         return Some(Host { name: lower, literal: None });
@@ -138,9 +133,25 @@ pub(super) fn parse_name<'b>(name: &[u8], buffer: &'b mut Buffer) -> Option<Host
     Some(Host { name: lower, literal: Some(Literal { loopback: address.is_loopback() }) })
 }
 
-fn is_name_byte(b: u8) -> bool {
-    matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.')
-}
+const UPPER: u8 = 1;
+const DOT: u8 = 2;
+const DOTS: u8 = DOT << 1;
+const STRANGE: u8 = 8;
+/// What the bytes of a host are; 0 for lower-case letters, digits, `-` and `_`.
+const CLASS: [u8; 256] = {
+    let mut table = [STRANGE; 256];
+    let mut b = 0;
+    while b < 128 {
+        match b as u8 {
+            b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' => table[b] = 0,
+            b'A'..=b'Z' => table[b] = UPPER,
+            b'.' => table[b] = DOT,
+            _ => {}
+        }
+        b += 1;
+    }
+    table
+};
 
 /// Whether URL parsers take a host with this last label for an IPv4 address: decimal digits, or hexadecimal after `0x`.
 pub(super) fn ends_in_number(label: &[u8]) -> bool {
@@ -208,11 +219,11 @@ mod tests {
             ("[]", None),
             ("[", None),
         ] {
-            let mut buffer = [0; 257];
+            let mut buffer = None;
             let host = own(&[]).parse(value.as_bytes(), &mut buffer);
             assert_eq!(host.map(|h| h.name), expected.map(str::as_bytes), "{value}");
         }
-        let mut buffer = [0; 257];
+        let mut buffer = None;
         assert!(own(&[]).parse(&[b'a'; 253], &mut buffer).is_some());
         assert!(own(&[]).parse(&[b'a'; 254], &mut buffer).is_none());
     }
@@ -220,7 +231,7 @@ mod tests {
     #[test]
     fn public_ports_and_own_literals() {
         let own = own(&[443, 80]);
-        let mut buffer = [0; 257];
+        let mut buffer = None;
         assert!(own.parse(b"example.com", &mut buffer).is_some());
         assert!(own.parse(b"example.com:443", &mut buffer).is_some());
         assert!(own.parse(b"example.com:8443", &mut buffer).is_none());

@@ -3,7 +3,10 @@
 use super::host::{ends_in_number, parse_port};
 use super::regex::Regexes;
 use super::strings::{Index, Lengths, Strings, hash};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
 
 /// Longer origins are not judged. A serialised origin has at most 64 + 3 + 253 + 6 bytes.
 pub(super) const MAX_ORIGIN: usize = 384;
@@ -15,16 +18,16 @@ const MAX_HOST: usize = 253;
 const MAX_WILDCARD_TAIL: usize = 251;
 
 /// The origins that a policy allows.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Origins {
     /// All of them.
     All,
     /// By scheme, host and port.
     Web(Web),
     /// ingress-nginx: without regard to case, `*.` is one label.
-    OneLabel(Box<OneLabel>),
+    OneLabel(Arc<OneLabel>),
     /// Envoy's string matchers.
-    Matchers(Box<Matchers>),
+    Matchers(Arc<Matchers>),
 }
 
 impl Origins {
@@ -336,12 +339,12 @@ fn is_label_byte(b: u8) -> bool {
 }
 
 /// Origins by scheme, host and port (native and gateway-api).
-#[derive(Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Web {
     /// Byte-equal to the serialised origin.
     exact: Strings,
     /// Patterns that are more than one origin.
-    tails: Option<Box<Tails>>,
+    tails: Option<Arc<Tails>>,
     /// `https://a:443` in a request is `https://a` (gateway-api); natively it is no serialised origin.
     default_port_is_none: bool,
 }
@@ -374,7 +377,7 @@ impl Web {
                 }),
             }
         }
-        let tails = (!tails.is_empty()).then(|| Box::new(Tails::new(tails)));
+        let tails = (!tails.is_empty()).then(|| Arc::new(Tails::new(tails)));
         Self { exact: Strings::new(exact), tails, default_port_is_none }
     }
 

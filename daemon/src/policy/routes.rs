@@ -6,6 +6,7 @@ use super::host::Host;
 use super::regex::Regexes;
 use super::spec::PathMatch;
 use super::strings::{Index, Lengths, Strings, hash};
+use ahash::AHashMap;
 
 /// Up to this many routes of a host are compared one by one, in order of precedence.
 const LINEAR: usize = 4;
@@ -228,6 +229,9 @@ pub(super) struct Builder {
     routes: Vec<Route>,
     paths: Vec<u8>,
     prefix_lengths: Vec<u32>,
+    /// Where a path, and a list of prefix lengths, is already: hosts are alike, and what they share is at hand.
+    path_starts: AHashMap<Vec<u8>, u32>,
+    length_slices: AHashMap<Vec<u32>, (u32, u32)>,
 }
 
 impl Builder {
@@ -311,26 +315,46 @@ impl Builder {
         for group in literal.chunk_by(|a, b| a.0 == b.0 && a.1 == b.1) {
             let (exact, path, _) = group[0];
             let target = merge(group.iter().map(|(_, _, c)| *c), troubles);
-            self.routes.push(Route { start: self.paths.len() as u32, len: path.len() as u32, exact, target });
-            self.paths.extend_from_slice(path);
+            let start = self.path(path);
+            self.routes.push(Route { start, len: path.len() as u32, exact, target });
         }
         let count = self.routes.len() as u32 - first;
-        let from = self.prefix_lengths.len() as u32;
+        let mut lengths = (0, 0);
         if count as usize > LINEAR {
-            let mut lengths: Vec<u32> =
+            let mut list: Vec<u32> =
                 self.routes[first as usize..].iter().filter(|r| !r.exact).map(|r| r.len).collect();
-            lengths.dedup();
+            list.dedup();
             // Never empty, so that the slice tells that this host's routes are hashed.
-            if lengths.is_empty() {
-                lengths.push(0);
+            if list.is_empty() {
+                list.push(0);
             }
-            self.prefix_lengths.extend(lengths);
+            lengths = self.lengths(list);
         }
-        let lengths = (from, self.prefix_lengths.len() as u32);
         let regexes = (!patterns.is_empty()).then(|| Box::new(regex_routes(patterns, troubles)));
         let has_exact = self.routes[first as usize..].first().is_some_and(|r| r.exact);
         self.entries.push(Entry { first, count, lengths, has_exact, regexes });
         self.entries.len() as u32 - 1
+    }
+}
+
+impl Builder {
+    fn path(&mut self, path: &[u8]) -> u32 {
+        if let Some(start) = self.path_starts.get(path) {
+            return *start;
+        }
+        let start = self.paths.len() as u32;
+        self.paths.extend_from_slice(path);
+        self.path_starts.insert(path.to_vec(), start);
+        start
+    }
+
+    fn lengths(&mut self, list: Vec<u32>) -> (u32, u32) {
+        let all = &mut self.prefix_lengths;
+        *self.length_slices.entry(list).or_insert_with_key(|list| {
+            let from = all.len() as u32;
+            all.extend_from_slice(list);
+            (from, all.len() as u32)
+        })
     }
 }
 

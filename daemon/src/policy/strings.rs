@@ -1,8 +1,9 @@
-//! Immutable sets of byte strings, laid out for few cache misses: strings lie one after the other behind their lengths,
-//! few are compared in turn, many are found by an open-addressed index with a piece of the hash in each slot.
+//! Immutable sets of byte strings, laid out for few cache misses: one block of memory, in which the strings lie one after
+//! the other behind their lengths; few are compared in turn, many are found by an open-addressed index before them, with
+//! a piece of the hash in each slot.
 
 use ahash::RandomState;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 /// Up to this many strings are compared one by one: the length alone tells most of them apart.
 const LINEAR: usize = 4;
@@ -23,7 +24,18 @@ pub(super) fn hash(salt: u64, key: &[u8]) -> u64 {
     hasher.finish()
 }
 
-/// Numbers by hash: open addressing, at most half full.
+/// How many slots of an open-addressed index are for so many items: at most two thirds are taken.
+fn slots_for(items: usize) -> usize {
+    (items + items / 2 + 1).next_power_of_two()
+}
+
+/// The piece of a hash that is kept in a slot.
+#[inline]
+fn tag(hash: u64) -> u32 {
+    (hash >> 32) as u32
+}
+
+/// Numbers by hash: open addressing.
 #[derive(Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Index {
     /// A piece of the hash and the number; [`Index::FREE`] as number where there is none.
@@ -38,14 +50,14 @@ impl Index {
         if items.is_empty() {
             return Self::default();
         }
-        let mut slots = vec![(0, Self::FREE); (items.len() * 2).next_power_of_two()];
+        let mut slots = vec![(0, Self::FREE); slots_for(items.len())];
         let mask = slots.len() - 1;
         for &(hash, number) in items {
             let mut at = hash as usize & mask;
             while slots[at].1 != Self::FREE {
                 at = (at + 1) & mask;
             }
-            slots[at] = (Self::tag(hash), number);
+            slots[at] = (tag(hash), number);
         }
         Self { slots: slots.into() }
     }
@@ -56,32 +68,32 @@ impl Index {
         let mask = self.slots.len().checked_sub(1)?;
         let mut at = hash as usize & mask;
         loop {
-            let (tag, number) = *self.slots.get(at)?;
+            let (piece, number) = *self.slots.get(at)?;
             if number == Self::FREE {
                 return None;
             }
-            if tag == Self::tag(hash) && is(number) {
+            if piece == tag(hash) && is(number) {
                 return Some(number);
             }
             at = (at + 1) & mask;
         }
     }
-
-    fn tag(hash: u64) -> u32 {
-        (hash >> 32) as u32
-    }
 }
 
-/// Byte strings, each known by its position. Ones longer than 65,535 bytes are left out: nothing so long is ever looked
+/// Byte strings, each known by its position; clones share them. Ones longer than 65,535 bytes are left out: nothing so long is ever looked
 /// for.
-#[derive(Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Strings {
-    /// For each: length (u16), position (u32), bytes.
-    records: Box<[u8]>,
-    /// Offsets of records; empty where there are few.
-    index: Index,
+    /// The slots of the index: a piece of the hash (u32), offset of a record or [`FREE`] (u32). Then the records: length
+    /// (u16), position (u32), bytes.
+    block: Arc<[u8]>,
+    /// None where there are few.
+    slots: u32,
     count: u32,
 }
+
+const FREE: u32 = u32::MAX;
+const SLOT: usize = 8;
 
 impl Strings {
     /// Of equal items the first is the one that is found.
@@ -92,14 +104,31 @@ impl Strings {
             let item = item.as_ref();
             count = i as u32 + 1;
             if let Ok(len) = u16::try_from(item.len()) {
-                offsets.push((hash(0, item), records.len() as u32));
+                offsets.push((hash(0, item), records.len()));
                 records.extend_from_slice(&len.to_le_bytes());
                 records.extend_from_slice(&(i as u32).to_le_bytes());
                 records.extend_from_slice(item);
             }
         }
-        let index = if offsets.len() > LINEAR { Index::new(&offsets) } else { Index::default() };
-        Self { records: records.into(), index, count }
+        if offsets.len() <= LINEAR {
+            return Self { block: records.into(), slots: 0, count };
+        }
+        let slots = slots_for(offsets.len());
+        let mut index = vec![(0, FREE); slots];
+        for (hash, offset) in offsets {
+            let mut at = hash as usize & (slots - 1);
+            while index[at].1 != FREE {
+                at = (at + 1) & (slots - 1);
+            }
+            index[at] = (tag(hash), (slots * SLOT + offset) as u32);
+        }
+        let mut block = Vec::with_capacity(slots * SLOT + records.len());
+        for (tag, offset) in index {
+            block.extend_from_slice(&tag.to_le_bytes());
+            block.extend_from_slice(&offset.to_le_bytes());
+        }
+        block.append(&mut records);
+        Self { block: block.into(), slots: slots as u32, count }
     }
 
     /// None at all.
@@ -107,38 +136,39 @@ impl Strings {
         self.count == 0
     }
 
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.count as usize
+    }
+
     /// All, in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        let mut offset = 0;
-        std::iter::from_fn(move || {
-            let (_, text) = self.record(offset)?;
-            offset += HEADER + text.len();
-            Some(text)
-        })
+        self.records().map(|(_, text)| text)
     }
 
     /// Position of `key`.
     #[inline]
     pub(super) fn find(&self, key: &[u8]) -> Option<u32> {
-        if self.index.slots.is_empty() {
-            let mut offset = 0;
-            while let Some((position, text)) = self.record(offset) {
-                if text == key {
-                    return Some(position);
-                }
-                offset += HEADER + text.len();
+        let Some(mask) = self.slots.checked_sub(1) else {
+            return self.records().find(|(_, text)| *text == key).map(|(position, _)| position);
+        };
+        let hash = hash(0, key);
+        let mut at = hash as u32 & mask;
+        loop {
+            let slot = self.block.get(at as usize * SLOT..)?.first_chunk::<SLOT>()?;
+            let [t0, t1, t2, t3, o0, o1, o2, o3] = *slot;
+            let offset = u32::from_le_bytes([o0, o1, o2, o3]);
+            if offset == FREE {
+                return None;
             }
-            return None;
+            if u32::from_le_bytes([t0, t1, t2, t3]) == tag(hash)
+                && let Some((position, text)) = self.record(offset as usize)
+                && text == key
+            {
+                return Some(position);
+            }
+            at = (at + 1) & mask;
         }
-        let mut position = 0;
-        self.index.find(hash(0, key), |offset| match self.record(offset as usize) {
-            Some((at, text)) if text == key => {
-                position = at;
-                true
-            }
-            _ => false,
-        })?;
-        Some(position)
     }
 
     /// Whether `key` is one of them.
@@ -147,10 +177,21 @@ impl Strings {
         self.find(key).is_some()
     }
 
+    /// Position and bytes of each record.
+    #[inline]
+    fn records(&self) -> impl Iterator<Item = (u32, &[u8])> {
+        let mut offset = self.slots as usize * SLOT;
+        std::iter::from_fn(move || {
+            let (position, text) = self.record(offset)?;
+            offset += HEADER + text.len();
+            Some((position, text))
+        })
+    }
+
     /// Position and bytes of the record at an offset; `None` behind the last.
     #[inline]
     fn record(&self, offset: usize) -> Option<(u32, &[u8])> {
-        let (header, rest) = self.records.get(offset..)?.split_first_chunk::<HEADER>()?;
+        let (header, rest) = self.block.get(offset..)?.split_first_chunk::<HEADER>()?;
         let [l0, l1, p0, p1, p2, p3] = *header;
         let text = rest.get(..usize::from(u16::from_le_bytes([l0, l1])))?;
         Some((u32::from_le_bytes([p0, p1, p2, p3]), text))

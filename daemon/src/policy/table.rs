@@ -1,17 +1,18 @@
 //! The compiled table and `decide`.
 
+use super::acrh::Names;
 use super::core::Core;
 use super::dialect::Rules;
 use super::host::{Own, parse_name};
 use super::labels::RouteLabel;
 use super::routes::{Builder, CONFLICT, Claim, HostHit, Hosts, Routed, Target, Trouble};
 use super::{
-    Answer, Finding, HostPattern, ListenerId, ListenerSpec, OnDenied, PathMatch, PolicySpec, RouteId,
-    RouteLabels, Severity, SourceRef,
+    Answer, Finding, HostPattern, ListenerId, ListenerSpec, PathMatch, PolicySpec, RouteId, RouteLabels,
+    Severity, SourceRef,
 };
 use crate::reason::PassReason;
 use ahash::{AHashMap, AHashSet};
-use std::sync::Arc;
+use std::{hash::Hash, sync::Arc};
 
 /// A well-formed preflight, as `http` read it. Values are raw (no OWS around them), unvalidated unless said.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +63,7 @@ pub struct Table {
     generation: u64,
     /// By [`ListenerId`]; `None` where no listener has that number.
     listeners: Box<[Option<Listener>]>,
-    policies: Box<[Policy]>,
+    policies: Box<[Core]>,
     /// Name and source of each policy, apart from what `decide` reads.
     names: Box<[(Arc<str>, SourceRef, &'static str)]>,
     /// Policy of each route label that this table has.
@@ -74,13 +75,6 @@ struct Listener {
     name: Box<str>,
     own: Own,
     hosts: Arc<Hosts>,
-}
-
-#[derive(Debug)]
-struct Policy {
-    core: Arc<Core>,
-    gate: Option<PassReason>,
-    on_denied: OnDenied,
 }
 
 /// Which policy a route belongs to, for people.
@@ -116,7 +110,7 @@ impl Table {
         let size = listeners.iter().map(|l| usize::from(l.id.0) + 1).max().unwrap_or(0);
         let mut compiled: Vec<Option<Listener>> = (0..size).map(|_| None).collect();
         // Listeners with the same policies share their hosts.
-        let mut shared: AHashMap<Vec<u32>, Arc<Hosts>> = AHashMap::new();
+        let mut hosts_of: AHashMap<Vec<u32>, Arc<Hosts>> = AHashMap::new();
         for spec in listeners {
             let served: Vec<u32> = (0..policies.len() as u32)
                 .filter(|&i| {
@@ -124,7 +118,7 @@ impl Table {
                     only.is_empty() || only.contains(&spec.id)
                 })
                 .collect();
-            let hosts = shared.entry(served).or_insert_with_key(|served| {
+            let hosts = hosts_of.entry(served).or_insert_with_key(|served| {
                 Arc::new(compile_hosts(served, policies, &targets, &mut findings))
             });
             compiled[usize::from(spec.id.0)] = Some(Listener {
@@ -133,11 +127,11 @@ impl Table {
                 hosts: Arc::clone(hosts),
             });
         }
-        let mut cores = AHashSet::new();
+        let mut shared = Shared::default();
         let table = Table {
             generation,
             listeners: compiled.into(),
-            policies: policies.iter().map(|spec| Policy::new(spec, &mut cores)).collect(),
+            policies: policies.iter().map(|spec| shared.rules(spec)).collect(),
             names: policies
                 .iter()
                 .map(|p| (p.name.as_str().into(), p.source.clone(), p.rules.dialect()))
@@ -185,7 +179,7 @@ impl Table {
             return Decision::Pass(PassReason::BadTarget, RouteId::OTHER);
         };
 
-        let mut buffer = [0; 257];
+        let mut buffer = None;
         let Some(host) = listener.own.parse(request.host, &mut buffer) else {
             trace.step(|| {
                 format!(
@@ -242,27 +236,39 @@ impl Table {
             let (name, source, dialect) = &self.names[target.policy as usize];
             format!("path: {} leads to policy {name} ({source}, {dialect})", path.escape_ascii())
         });
-        if let Some(reason) = policy.gate {
-            trace.step(|| format!("passed: the policy is {}", reason.as_str()));
-            return Decision::Pass(reason, target.label);
-        }
-        policy.core.judge(request, policy.on_denied, target.label, trace)
+        policy.judge(request, target.label, trace)
     }
 }
 
-impl Policy {
-    /// Policies with the same rules share them in `cores`.
-    fn new(spec: &PolicySpec, cores: &mut AHashSet<Arc<Core>>) -> Self {
-        let core = spec.rules.core();
-        let core = Arc::clone(cores.get(core).unwrap_or(core));
-        cores.insert(Arc::clone(&core));
-        let gate = match (spec.enabled, spec.stale) {
+/// What policies have in common: it is kept once, and so is at hand.
+#[derive(Default)]
+struct Shared {
+    cores: AHashSet<Arc<Core>>,
+    names: AHashSet<Arc<Names>>,
+}
+
+impl Shared {
+    /// The rules of a policy, with what the policy itself says.
+    fn rules(&mut self, spec: &PolicySpec) -> Core {
+        let mut core = Core::clone(&share(&mut self.cores, spec.rules.core()));
+        core.headers = core.headers.as_ref().map(|names| share(&mut self.names, names));
+        core.on_denied = spec.on_denied.unwrap_or(core.on_denied);
+        core.gate = match (spec.enabled, spec.stale) {
             (false, _) => Some(PassReason::Disabled),
             (true, true) => Some(PassReason::Stale),
             (true, false) => core.gate,
         };
-        Self { gate, on_denied: spec.on_denied.unwrap_or(core.on_denied), core }
+        core
     }
+}
+
+/// The one that is known and equal, or this one.
+fn share<T: Eq + Hash>(known: &mut AHashSet<Arc<T>>, new: &Arc<T>) -> Arc<T> {
+    if let Some(equal) = known.get(new) {
+        return Arc::clone(equal);
+    }
+    known.insert(Arc::clone(new));
+    Arc::clone(new)
 }
 
 /// The path of an origin-form target.
@@ -374,7 +380,7 @@ fn check_patterns(number: u32, policy: &PolicySpec, findings: &mut Reports<'_>) 
 
 /// Whether a `Host` can equal this once it is lower-cased and stripped of its port.
 fn is_host_pattern(name: &str) -> bool {
-    let mut buffer = [0; 257];
+    let mut buffer = None;
     parse_name(name.as_bytes(), &mut buffer).is_some_and(|host| host.name == name.as_bytes())
 }
 
@@ -467,7 +473,7 @@ fn report(host: &HostPattern, trouble: &Trouble<'_>, policies: &[PolicySpec]) ->
 mod tests {
     use super::*;
     use crate::policy::dialect::{envoy, ingress_nginx, native};
-    use crate::policy::{Connection, DenyReason, Outcome};
+    use crate::policy::{Connection, DenyReason, OnDenied, Outcome};
     use proptest::prelude::*;
     use std::sync::LazyLock;
 

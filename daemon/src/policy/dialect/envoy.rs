@@ -1,7 +1,7 @@
 //! Envoy's CORS filter, as kgateway and other Envoy-based gateways program it.
 
 use super::super::answer::{AllowMethods, EchoHeaders, Template};
-use super::super::core::{Core, Methods, RequestHeaders};
+use super::super::core::{Core, Methods};
 use super::super::origin::{Matcher, Matchers, Origins};
 use super::super::{Finding, OnDenied, Severity};
 use super::lint::{self, Findings, Place};
@@ -84,7 +84,7 @@ fn compile_matchers(matchers: &[(usize, Matcher<'_>, bool)], findings: &mut Find
         return Some(Origins::All);
     }
     if refused.is_empty() {
-        return Some(Origins::Matchers(Box::new(compiled)));
+        return Some(Origins::Matchers(Arc::new(compiled)));
     }
     for (i, error) in refused {
         findings.warn(
@@ -127,7 +127,7 @@ fn compile(cors: &Cors, origins: Origins) -> Core {
         },
         origins,
         methods: Methods::Unchecked,
-        headers: RequestHeaders::Unchecked,
+        headers: None,
         allowed: answer()
             .origin(false)
             .line_if("Access-Control-Expose-Headers", cors.expose_headers.as_deref())

@@ -2,7 +2,7 @@
 
 use super::super::acrh::is_token;
 use super::super::answer::{AllowMethods, EchoHeaders, Template};
-use super::super::core::{Core, Methods, RequestHeaders, bare_no_content};
+use super::super::core::{Core, Methods, bare_no_content};
 use super::super::host::parse_port;
 use super::super::origin::{HostMatch, Origins, Pattern, Port, Web};
 use super::super::{Finding, OnDenied, Severity};
@@ -107,7 +107,7 @@ fn compile(cors: &Cors, origins: &Read<'_>) -> Core {
             Origins::Web(Web::new(&origins.patterns, &origins.literals, true))
         },
         methods: Methods::Unchecked,
-        headers: RequestHeaders::Unchecked,
+        headers: None,
         allowed: Template::no_content()
             .origin(all && !credentials)
             .credentials(credentials)

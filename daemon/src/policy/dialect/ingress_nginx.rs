@@ -1,7 +1,7 @@
 //! ingress-nginx's CORS annotations.
 
 use super::super::answer::{AllowMethods, EchoHeaders, Template};
-use super::super::core::{Core, Methods, RequestHeaders, bare_no_content};
+use super::super::core::{Core, Methods, bare_no_content};
 use super::super::origin::{OneLabel, Origins, PatternError, parse_pattern};
 use super::super::regex::Regexes;
 use super::super::{Finding, OnDenied, Severity};
@@ -197,9 +197,9 @@ impl Config {
         Core {
             gate: None,
             on_denied: OnDenied::Pass,
-            origins: if star { Origins::All } else { Origins::OneLabel(Box::new(OneLabel::new(&origins))) },
+            origins: if star { Origins::All } else { Origins::OneLabel(Arc::new(OneLabel::new(&origins))) },
             methods: Methods::Unchecked,
-            headers: RequestHeaders::Unchecked,
+            headers: None,
             // With the literal `*` nothing in the answer depends on the request.
             allowed: if star { answer } else { answer.vary() }.build(),
             denied: bare_no_content(),

@@ -1,7 +1,7 @@
 //! preflightd's own strict dialect.
 
 use super::super::answer::{AllowMethods, EchoHeaders, Template};
-use super::super::core::{Core, Methods, RequestHeaders, bare_forbidden};
+use super::super::core::{Core, Methods, bare_forbidden};
 use super::super::origin::{Origins, Pattern, PatternError, Web, parse_pattern};
 use super::super::{Finding, OnDenied, Severity, acrh};
 use super::lint::{self, Findings, Place};
@@ -88,11 +88,7 @@ fn compile(cors: &Cors, patterns: &[Pattern<'_>]) -> Core {
         on_denied: OnDenied::Answer,
         origins: if star { Origins::All } else { Origins::Web(Web::new(patterns, &[], false)) },
         methods: if any_method { Methods::Unchecked } else { Methods::listed(&cors.methods) },
-        headers: if any_header {
-            RequestHeaders::Unchecked
-        } else {
-            RequestHeaders::Listed(acrh::Names::new(&names))
-        },
+        headers: (!any_header).then(|| Arc::new(acrh::Names::new(&names))),
         allowed: Template::no_content()
             .origin(star && !cors.credentials)
             .credentials(cors.credentials)
