@@ -153,9 +153,10 @@ impl Floor {
         });
         self.filled[connection] = 0;
         let answer = if close { &self.close } else { &self.keep_alive };
-        // WAITALL: the kernel itself goes on after a short send.
+        // WAITALL: the kernel itself goes on after a short send. MORE: the FIN goes out with the answer.
+        let more = if close { libc::MSG_MORE } else { 0 };
         let send = opcode::Send::new(fixed(connection), answer.as_ptr(), answer.len() as u32)
-            .flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL)
+            .flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL | more)
             .build()
             .user_data(SEND | connection as u64)
             .flags(squeue::Flags::SKIP_SUCCESS);

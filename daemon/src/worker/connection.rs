@@ -48,7 +48,8 @@ pub(super) enum Step {
     Read,
     /// Send [`Connection::unsent`].
     Send,
-    /// Send, and when all is sent, read: no other request waits. Plain [`Step::Send`] will do as well.
+    /// Send, and when all is sent, read: nothing of another request is there, and nothing else is to be done while the
+    /// connection is idle. Plain [`Step::Send`] will do as well.
     SendThenRead,
     /// Send, and when all is sent, close, best in one packet: nothing that was received is left unread, and the client
     /// has said that this was its last request. Plain [`Step::Send`] will do as well.
@@ -189,6 +190,17 @@ impl Connection {
         self.filled += n;
     }
 
+    /// These were read elsewhere; `more` are known to wait.
+    pub(super) fn take(&mut self, mut bytes: &[u8], more: bool) {
+        while !bytes.is_empty() {
+            let space = self.space();
+            let (now, rest) = bytes.split_at(bytes.len().min(space.len()));
+            space[..now.len()].copy_from_slice(now);
+            self.received(now.len(), more || !rest.is_empty());
+            bytes = rest;
+        }
+    }
+
     /// What is to be sent.
     pub(super) fn unsent(&self) -> &[u8] {
         &self.output[self.sent..]
@@ -198,6 +210,11 @@ impl Connection {
     pub(super) fn sent(&mut self, n: usize) {
         self.sent += n;
         debug_assert!(self.sent <= self.output.len());
+    }
+
+    /// The kernel took all of it.
+    pub(super) fn all_sent(&mut self) {
+        self.sent = self.output.len();
     }
 
     /// The sending side is shut.
@@ -251,7 +268,9 @@ impl Connection {
         let sending = !self.unsent().is_empty();
         match self.end {
             End::Open if sending && self.eof => Step::Send,
-            End::Open if sending && self.output.len() < OUTPUT_BOUND => Step::SendThenRead,
+            End::Open if sending && self.begin == self.filled && self.output.capacity() <= OUTPUT_KEEP => {
+                Step::SendThenRead
+            }
             End::Close { linger: false } if sending => Step::SendThenClose,
             _ if sending => Step::Send,
             End::Open if self.eof => Step::Close,

@@ -17,6 +17,7 @@ use std::{
 use tracing::{error, info, warn};
 use uring::{Features, Uring};
 
+mod buffers;
 mod connection;
 mod epoll;
 pub mod listen;

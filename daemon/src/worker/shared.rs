@@ -19,7 +19,7 @@ use rustix::{
 use std::{
     cell::Cell,
     collections::VecDeque,
-    io,
+    io, mem,
     os::fd::OwnedFd,
     sync::{
         Arc,
@@ -80,8 +80,24 @@ pub(super) struct Shared {
     pub(super) live: usize,
     relay: Option<relay::Handle>,
     waiting: VecDeque<(Handoff, u64)>,
+    /// Answers rendered and not noted yet.
     answers: Cell<u64>,
+    latency: Latency,
 }
+
+/// How the answer latency is measured: one batch in [`MEASURED_EVERY_MS`] stands for those since the last one.
+#[derive(Debug)]
+struct Latency {
+    /// Millisecond of the clock of the batch that was measured last.
+    at: u64,
+    /// What it took, in nanoseconds.
+    last: u64,
+    /// Answers of batches since then that were not measured.
+    carried: u64,
+}
+
+/// To know when the kernel has the answers takes a system call more. Tests of the engines go the usual way.
+const MEASURED_EVERY_MS: u64 = if cfg!(test) { u64::MAX / 2 } else { 10 };
 
 impl Shared {
     /// The parts of `setup` but its sockets, for connections numbered below `slots`.
@@ -105,6 +121,7 @@ impl Shared {
             relay,
             waiting: VecDeque::new(),
             answers: Cell::new(0),
+            latency: Latency { at: 0, last: 0, carried: 0 },
         }
     }
 
@@ -131,6 +148,11 @@ impl Shared {
             Wait::Linger => LINGER,
         };
         self.timers.start(slot, wait, self.clock.now + timeout.as_millis() as u64);
+    }
+
+    /// Has the timer run out with the next tick.
+    pub(super) fn expire_next(&mut self, slot: usize, wait: Wait) {
+        self.timers.start(slot, wait, self.clock.now);
     }
 
     /// The connection to close for one beyond the cap: the longest idle one. Who has just come and not sent a byte yet
@@ -202,21 +224,43 @@ impl Shared {
         false
     }
 
-    /// Notes the latency of the answers that were rendered since the batch began, now that the kernel has them.
+    /// Whether this batch is one whose latency is measured.
     #[inline]
-    pub(super) fn note_latency(&mut self, since: Instant, until: Instant) {
+    pub(super) fn measures_latency(&self) -> bool {
+        self.clock.now >= self.latency.at + MEASURED_EVERY_MS
+    }
+
+    /// A batch ends. `sent`: when the kernel had its answers, if it is measured.
+    #[inline]
+    pub(super) fn note_latency(&mut self, batch: Batch, sent: Option<Instant>) {
         let answers = self.answers.take();
-        if answers > 0 {
-            self.stats.latency(until.duration_since(since).as_nanos() as u64, answers);
+        match sent {
+            Some(sent) if answers > 0 => {
+                self.latency.at = batch.now;
+                self.latency.last = sent.duration_since(batch.began).as_nanos() as u64;
+                self.stats.latency(self.latency.last, answers + mem::take(&mut self.latency.carried));
+            }
+            // A lull: none is left unnoted for longer than a tick.
+            _ if answers == 0 && self.latency.carried > 0 => {
+                self.stats.latency(self.latency.last, mem::take(&mut self.latency.carried));
+            }
+            _ => self.latency.carried += answers,
         }
     }
 
-    /// The same at the end of a batch that has sent its answers itself.
+    /// The same at the end of a batch that has sent its answers itself: each is measured.
     pub(super) fn note_latency_now(&mut self) {
         if self.answers.get() > 0 {
-            self.note_latency(self.clock.batch, Instant::now());
+            self.note_latency(self.clock.batch(), Some(Instant::now()));
         }
     }
+}
+
+/// When a batch of events began.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Batch {
+    began: Instant,
+    now: u64,
 }
 
 /// A clock that is read once per batch of events.
@@ -224,7 +268,7 @@ impl Shared {
 pub(super) struct Clock {
     start: Instant,
     /// When the batch began.
-    pub(super) batch: Instant,
+    batch: Instant,
     /// The same in milliseconds since the worker began.
     pub(super) now: u64,
     /// For the `Date` header.
@@ -240,9 +284,13 @@ impl Clock {
         clock
     }
 
-    /// A batch begins.
+    pub(super) fn batch(&self) -> Batch {
+        Batch { began: self.batch, now: self.now }
+    }
+
+    /// A batch begins; gives the time.
     #[inline]
-    pub(super) fn read(&mut self) {
+    pub(super) fn read(&mut self) -> Instant {
         self.batch = Instant::now();
         self.now = self.batch.duration_since(self.start).as_millis() as u64;
         if self.now >= self.date_until {
@@ -250,6 +298,7 @@ impl Clock {
             self.date = imf_fixdate(unix.as_secs());
             self.date_until = self.now + 1000 - u64::from(unix.subsec_millis());
         }
+        self.batch
     }
 }
 

@@ -14,6 +14,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::{
     io::{self, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::OwnedFd,
     sync::{Arc, mpsc},
     thread,
     time::Duration,
@@ -51,6 +52,10 @@ impl Site {
     /// One worker; `upstream`: with one that records what each connection brings and answers it at its end.
     fn start(engine: Engine, limits: ConnectionLimits, upstream: bool) -> Self {
         let socket = listen::open("127.0.0.1:0".parse().expect("address")).expect("listen");
+        Self::start_on(socket, engine, limits, upstream)
+    }
+
+    fn start_on(socket: OwnedFd, engine: Engine, limits: ConnectionLimits, upstream: bool) -> Self {
         let address = TcpListener::from(socket.try_clone().expect("clone")).local_addr().expect("address");
         let (publisher, tables) = Publisher::new(1, Arc::new(table(1))).expect("publisher");
         let stats = Arc::new(WorkerStats::new(8));
@@ -307,6 +312,73 @@ fn a_slow_reader_gets_all_answers_before_the_close() {
         assert_eq!(all.matches("HTTP/1.1 204 ").count(), 50_001, "{engine:?}");
         assert_eq!(all.matches("Connection: close").count(), 1, "{engine:?}");
         sender.join().expect("sender");
+        site.stop();
+    }
+}
+
+/// Each request comes by itself, so each answer is sent by itself, until the socket takes no more; then many come at
+/// once, two to a buffer of the kernel's.
+#[test]
+fn a_late_reader_gets_each_answer_once() {
+    const SINGLY: usize = 5_000;
+    const AT_ONCE: usize = 500;
+    let padding = 1024 - REQUEST.len() - b"X-Padding: \r\n".len();
+    let padded = request(&format!("X-Padding: {}\r\n", "x".repeat(padding)));
+    for engine in engines() {
+        let socket = listen::open("127.0.0.1:0".parse().expect("address")).expect("listen");
+        sockopt::set_socket_send_buffer_size(&socket, 4096).expect("buffer");
+        let site = Site::start_on(socket, engine, LIMITS, true);
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).expect("socket");
+        sockopt::set_socket_recv_buffer_size(&socket, 2048).expect("buffer");
+        rustix::net::connect(&socket, &site.address).expect("connect");
+        let mut client = TcpStream::from(socket);
+        client.set_nodelay(true).expect("no delay");
+        client.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        let mut sender = client.try_clone().expect("clone");
+        let (padded, stats) = (padded.clone(), Arc::clone(&site.stats));
+        let answered = move || stats.requests().map(|(.., count)| count).sum::<u64>();
+        let sender = thread::spawn(move || {
+            for number in 1..=SINGLY {
+                sender.write_all(&padded).expect("send");
+                // In vain when the socket is full.
+                for _ in 0..20 {
+                    if answered() >= number as u64 {
+                        break;
+                    }
+                    thread::sleep(Duration::from_micros(20));
+                }
+            }
+            sender.write_all(&[&padded.repeat(AT_ONCE), GET].concat()).expect("send");
+            sender.shutdown(Shutdown::Write).expect("shutdown");
+        });
+        thread::sleep(Duration::from_millis(500));
+        let all = rest(&mut client).expect("all answers");
+        sender.join().expect("sender");
+        let (answers, from_upstream) = all.split_at(all.find("HTTP/1.1 200 ").expect("the upstream's"));
+        let first = &answers[..answers.find("\r\n\r\n").expect("an answer") + 4];
+        assert_eq!(answers.len(), (SINGLY + AT_ONCE) * first.len(), "{engine:?}: not each answer once");
+        assert_eq!(answers.matches("HTTP/1.1 204 ").count(), SINGLY + AT_ONCE, "{engine:?}");
+        assert_eq!(from_upstream, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "{engine:?}");
+        let recorded = site.upstream.as_ref().expect("upstream").1.recv_timeout(PATIENCE).expect("recorded");
+        assert!(recorded == GET, "{engine:?}: other bytes");
+        site.stop();
+    }
+}
+
+/// More at once than the kernel has buffers for.
+#[test]
+fn many_at_once_on_connections_that_are_kept() {
+    for engine in engines() {
+        let site = Site::start(engine, LIMITS, false);
+        let mut clients: Vec<_> = (0..100).map(|_| site.connect()).collect();
+        for _ in 0..20 {
+            for client in &mut clients {
+                client.write_all(REQUEST).expect("send");
+            }
+            for client in &mut clients {
+                assert!(is_allowed(&exchange(client, b"")), "{engine:?}");
+            }
+        }
         site.stop();
     }
 }

@@ -3,10 +3,13 @@
 //! Connections live in the ring's file table (direct descriptors): slot N of the table is entry N here. Each entry owns
 //! the buffers that the kernel reads and writes for it, and is given to the next client only when no operation of its
 //! own is in flight. Linked operations save rounds: accept → recv (the listeners defer accepting until data is there)
-//! and send → close. An entry never has more in flight than one such chain.
+//! and send → close. A connection that is kept alive gets a multishot recv with its first answer, which stays while it
+//! answers, and whose bytes come in buffers of the kernel's choice; its answers are sent without waiting and without a
+//! word if all goes well.
 
 use super::{
     WorkerListener,
+    buffers::{self, Buffers},
     connection::{Connection, Step, Wait},
     shared::{ACCEPT_BACKOFF, HANDOFF_RETRY, Shared},
 };
@@ -36,6 +39,9 @@ const SUBMISSIONS: u32 = 1024;
 /// IORING_RECVSEND_POLL_FIRST: who has its answer seldom has sent the next request already, so do not try in vain.
 const POLL_FIRST: u16 = 1;
 
+/// IORING_RECV_MULTISHOT. Measured on keep-alive: a twelfth of the worker's CPU less than a recv for each request.
+const RECV_MULTISHOT: u16 = 2;
+
 /// IORING_ACCEPT_POLL_FIRST (Linux 6.10): the queue is mostly empty when an accept is armed, and the kernel makes a socket
 /// and a file before it finds that out. Measured with a connection per request: a seventh of the worker's CPU.
 const ACCEPT_POLL_FIRST: u16 = 4;
@@ -52,6 +58,9 @@ pub(super) struct Features {
     /// Connections in the ring's file table. Needs FIXED_FD_INSTALL (Linux 6.8), for those that the relay gets.
     direct: bool,
     accept_poll_first: bool,
+    /// Multishot recv into a ring of buffers (Linux 6.0). With deferred task work only: then a send that could not be
+    /// done at once has said so before anything else is heard of its connection.
+    multishot: bool,
 }
 
 impl Features {
@@ -65,8 +74,14 @@ impl Features {
             [(true, true, true), (true, false, true), (false, false, true), (false, false, false)];
         let mut refusal = io::Error::from(io::ErrorKind::Unsupported);
         for (single_issuer, defer_taskrun, coop_taskrun) in candidates {
-            let (direct, accept_poll_first) = (false, false);
-            let mut features = Self { single_issuer, defer_taskrun, coop_taskrun, direct, accept_poll_first };
+            let mut features = Self {
+                single_issuer,
+                defer_taskrun,
+                coop_taskrun,
+                direct: false,
+                accept_poll_first: false,
+                multishot: false,
+            };
             let mut ring = match features.ring(8, 16) {
                 Ok(ring) => ring,
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -100,6 +115,9 @@ impl Features {
             features.direct = probe.is_supported(opcode::FixedFdInstall::CODE)
                 && ring.submitter().register_files_sparse(8).is_ok();
             features.accept_poll_first = knows_accept_poll_first(&mut ring)?;
+            // FIXED_FD_INSTALL is younger than multishot recv.
+            features.multishot =
+                features.direct && defer_taskrun && Buffers::register(&ring.submitter()).is_ok();
             return Ok(features);
         }
         Err(unsupported(refusal))
@@ -122,7 +140,7 @@ impl Features {
     /// As on a kernel without FIXED_FD_INSTALL, or without deferred task work either.
     #[cfg(test)]
     pub(super) fn of_older_kernels(self) -> [Self; 2] {
-        let plain = Self { direct: false, accept_poll_first: false, ..self };
+        let plain = Self { direct: false, accept_poll_first: false, multishot: false, ..self };
         [plain, Self { single_issuer: false, defer_taskrun: false, ..plain }]
     }
 
@@ -153,6 +171,7 @@ impl fmt::Display for Features {
         } else {
             ", accepts that try first: no ACCEPT_POLL_FIRST before Linux 6.10"
         })?;
+        f.write_str(if self.multishot { ", multishot recv" } else { ", one-shot recv" })?;
         f.write_str(")")
     }
 }
@@ -203,6 +222,8 @@ mod op {
     pub(super) const CLOSE: u8 = 8;
     pub(super) const SHUT: u8 = 16;
     pub(super) const INSTALL: u8 = 32;
+    /// A multishot recv: the kernel has none of the entry's buffers for it.
+    pub(super) const MULTI: u8 = 64;
 
     pub(super) const TICK: u8 = 65;
     pub(super) const RETRY: u8 = 66;
@@ -241,6 +262,10 @@ struct Entry {
     in_flight: u8,
     generation: u32,
     doom: Option<Doom>,
+    /// The round in which a send was pushed that tells of itself only if it was not done at once.
+    silent: Option<u64>,
+    /// The multishot recv is being cancelled.
+    stopping: bool,
     listener: u16,
     /// Its socket, where it is no direct descriptor; on leaving, the ordinary one.
     fd: Option<OwnedFd>,
@@ -260,6 +285,13 @@ pub(super) struct Uring {
     features: Features,
     entries: Vec<Entry>,
     max_entries: usize,
+    /// For multishot receives; `None` without [`Features::multishot`].
+    buffers: Option<Buffers>,
+    /// Grows with each batch when all that was pushed is submitted, and nothing of before is left to be looked at: what a
+    /// submission makes known at once comes before all else that happens to its connections.
+    round: u64,
+    /// Connections of which more was received before their answer was submitted: looked at when it is.
+    again: Vec<u32>,
     free: Vec<u32>,
     listeners: Vec<Listener>,
     armed: usize,
@@ -302,6 +334,7 @@ impl Uring {
                 io::Error::new(error.kind(), text)
             })?;
         }
+        let buffers = features.multishot.then(|| Buffers::register(&ring.submitter())).transpose()?;
         let listeners = listeners
             .into_iter()
             .map(|listener| {
@@ -315,6 +348,9 @@ impl Uring {
             features,
             entries: Vec::new(),
             max_entries,
+            buffers,
+            round: 0,
+            again: Vec::new(),
             free: Vec::new(),
             listeners,
             armed: 0,
@@ -342,12 +378,16 @@ impl Uring {
             if self.finished() {
                 return Ok(());
             }
-            // One system call per batch. The answers of the last batch are with the kernel when it returns: sending
-            // completes at once while the client reads, and those completions end the wait.
-            let since = self.shared.clock.batch;
-            submit_and_wait(&self.ring, 1)?;
-            self.shared.clock.read();
-            self.shared.note_latency(since, self.shared.clock.batch);
+            // One system call per batch. In a batch that is measured sends tell of their end, which is at once while the
+            // client reads, and that ends the wait.
+            let (batch, measured) = (self.shared.clock.batch(), self.shared.measures_latency());
+            let again = mem::take(&mut self.again);
+            submit_and_wait(&self.ring, usize::from(again.is_empty()))?;
+            if self.ring.submission().is_empty() {
+                self.round += 1;
+            }
+            let now = self.shared.clock.read();
+            self.shared.note_latency(batch, measured.then_some(now));
             loop {
                 let completions = self.ring.completion().fill(&mut chunk);
                 let full = completions.len() == CHUNK;
@@ -358,6 +398,9 @@ impl Uring {
                     break;
                 }
                 self.make_room()?;
+            }
+            for slot in again {
+                self.resume(slot as usize);
             }
             self.shared.retry_handoffs();
         }
@@ -378,6 +421,7 @@ impl Uring {
         match kind {
             op::ACCEPT => self.accepted(slot, result),
             op::RECV => self.received(slot, result, cqueue::sock_nonempty(completion.flags())),
+            op::MULTI => self.received_multi(slot, result, completion.flags()),
             op::SEND => self.sent(slot, result),
             op::CLOSE => self.closed(slot, result),
             op::SHUT => {
@@ -403,6 +447,7 @@ impl Uring {
                 }
             }
             op::STOP => self.begin_drain(),
+            op::CANCEL => self.not_cancelled(slot, (user_data >> 8) as u32 & GENERATION),
             _ => {}
         }
     }
@@ -460,9 +505,79 @@ impl Uring {
         self.step(slot);
     }
 
+    /// Bytes of a multishot recv, or its end.
+    fn received_multi(&mut self, slot: usize, result: i32, flags: u32) {
+        self.settle(slot);
+        let entry = &mut self.entries[slot];
+        let connection = &mut entry.connection;
+        let came = completed(result);
+        match (came, cqueue::buffer_select(flags), &mut self.buffers) {
+            (Ok(n), Some(id), Some(buffers)) => {
+                connection.take(buffers.bytes(id, n), cqueue::sock_nonempty(flags));
+                buffers.give_back(id);
+            }
+            (Ok(_), ..) => connection.received(0, false),
+            // No buffer was left, or it was cancelled: what the connection waits for says how it goes on.
+            (Err(libc::ENOBUFS | libc::ECANCELED | libc::EAGAIN | libc::EINTR), ..) => {}
+            (Err(_), ..) => connection.fail(),
+        }
+        if !cqueue::more(flags) {
+            entry.in_flight &= !op::MULTI;
+            entry.stopping = false;
+        }
+        match self.take_doom(slot) {
+            // The recv is what was cancelled, unless it has ended by itself.
+            Some(doom) if came == Err(libc::ECANCELED) && self.entries[slot].in_flight == 0 => {
+                return self.apply(slot, doom);
+            }
+            // It came just in time. Its timer has stopped.
+            Some(_) => self.entries[slot].connection.restart_timer(),
+            None => {}
+        }
+        if self.entries[slot].silent.is_some() {
+            // Its answer is not submitted yet.
+            return self.again.push(slot as u32);
+        }
+        self.resume(slot);
+        if self.entries[slot].in_flight & op::SEND != 0 && self.entries[slot].silent.is_none() {
+            // Who does not read its answers is not read from either.
+            self.stop_multi(slot);
+        }
+    }
+
+    /// Goes on with a connection of which bytes have come, if it waits for nothing else.
+    fn resume(&mut self, slot: usize) {
+        self.settle(slot);
+        let entry = &self.entries[slot];
+        if entry.state == State::Open && entry.in_flight & !op::MULTI == 0 {
+            self.step(slot);
+        }
+    }
+
+    /// A silent send of an earlier round was done: else it had told.
+    fn settle(&mut self, slot: usize) {
+        let entry = &mut self.entries[slot];
+        if entry.silent.is_some_and(|round| round < self.round) {
+            entry.silent = None;
+            entry.in_flight &= !op::SEND;
+            entry.connection.all_sent();
+        }
+    }
+
+    /// Whether there is a multishot recv, which is then cancelled: its end comes as a completion.
+    fn stop_multi(&mut self, slot: usize) -> bool {
+        let entry = &mut self.entries[slot];
+        let armed = entry.in_flight & op::MULTI != 0;
+        if armed && !mem::replace(&mut entry.stopping, true) {
+            self.push_cancel(slot, op::MULTI);
+        }
+        armed
+    }
+
     fn sent(&mut self, slot: usize, result: i32) {
         let doom = self.take_doom(slot);
         let entry = &mut self.entries[slot];
+        let silent = entry.silent.take().is_some();
         // A failed or short send took a linked close with it: that one posts nothing.
         entry.in_flight &= !(op::SEND | op::CLOSE);
         match completed(result) {
@@ -471,10 +586,10 @@ impl Uring {
             Err(libc::EAGAIN | libc::EINTR) => {}
             Err(_) => entry.connection().fail(),
         }
-        if doom.is_some() {
+        if doom.is_some() || silent {
             entry.connection().restart_timer();
         }
-        self.step(slot);
+        self.go_on(slot, !silent);
     }
 
     fn closed(&mut self, slot: usize, result: i32) {
@@ -533,15 +648,34 @@ impl Uring {
 
     /// Does what the connection says.
     fn step(&mut self, slot: usize) {
+        self.go_on(slot, true);
+    }
+
+    /// The same; `at_once`: answers may be sent in the way that does not wait for a client that takes no more.
+    fn go_on(&mut self, slot: usize, at_once: bool) {
         let entry = &mut self.entries[slot];
         let connection = entry.connection();
         let step = connection.advance(&self.shared.context());
-        if let Some(wait) = connection.timer() {
+        let wait = connection.timer();
+        let multi = entry.in_flight & op::MULTI != 0;
+        if step == Step::SendThenRead && at_once && self.buffers.is_some() && !self.shared.measures_latency()
+        {
+            self.shared.start_timer(slot, Wait::Idle);
+            return self.push_answer(slot);
+        }
+        if let Some(wait) = wait {
             self.shared.start_timer(slot, wait);
         }
         match step {
+            Step::Read if multi => {}
             Step::Read => self.push_recv(slot, POLL_FIRST),
             Step::Send | Step::SendThenRead => self.push_send(slot, Flags::empty(), 0),
+            // A recv would keep the socket open.
+            Step::SendThenClose if multi => {
+                self.push_send(slot, Flags::empty(), 0);
+                self.stop_multi(slot);
+            }
+            Step::HandOver(_) | Step::Close if self.stop_multi(slot) => {}
             Step::SendThenClose => {
                 // MSG_MORE: the FIN of the close goes out with the answer, which saves a packet (and with a connection
                 // per request a fifth of the worker's CPU, measured).
@@ -581,21 +715,43 @@ impl Uring {
 
     /// Ends what a connection waits for: cancels it, or lets it come to its own end if that is near.
     fn doom(&mut self, slot: usize, doom: Doom) {
+        self.settle(slot);
         let entry = &mut self.entries[slot];
         let kind = match entry.in_flight {
             op::RECV => op::RECV,
-            in_flight if in_flight & op::SEND != 0 => op::SEND,
+            in_flight if in_flight & op::SEND != 0 && entry.silent.is_none() => op::SEND,
+            in_flight if in_flight & op::MULTI != 0 => op::MULTI,
             0 if entry.state == State::Open => {
                 self.stuck.retain(|stuck| *stuck as usize != slot);
                 return self.apply(slot, doom);
             }
             _ => return,
         };
-        entry.doom = Some(doom);
-        if doom == Doom::Evict {
-            self.evicting += 1;
+        // One that could not be cancelled keeps its doom.
+        if entry.doom.is_none() {
+            entry.doom = Some(doom);
+            if doom == Doom::Evict {
+                self.evicting += 1;
+            }
         }
         self.push_cancel(slot, kind);
+    }
+
+    /// An operation was not there to be cancelled: its end comes with the next completion, or it was not begun yet, and
+    /// is cancelled with the next tick.
+    fn not_cancelled(&mut self, slot: usize, generation: u32) {
+        let entry = &mut self.entries[slot];
+        if entry.generation & GENERATION != generation {
+            return;
+        }
+        match entry.doom {
+            Some(Doom::Timeout(wait)) => self.shared.expire_next(slot, wait),
+            Some(Doom::Evict | Doom::Drain) => self.shared.expire_next(slot, Wait::Linger),
+            None if entry.stopping => {
+                self.push_cancel(slot, op::MULTI);
+            }
+            None => {}
+        }
     }
 
     fn take_doom(&mut self, slot: usize) -> Option<Doom> {
@@ -753,6 +909,8 @@ impl Uring {
                     in_flight: 0,
                     generation: 0,
                     doom: None,
+                    silent: None,
+                    stopping: false,
                     listener: 0,
                     fd: None,
                 });
@@ -825,6 +983,18 @@ impl Uring {
         self.push(slot, op::SEND, sqe.flags(flags));
     }
 
+    /// Sends the answer and reads on. The send is done at once or tells how much was (MSG_DONTWAIT: it is never waited
+    /// for), in which case [`Uring::sent`] does the rest; while nothing is heard it is done as soon as it is submitted.
+    fn push_answer(&mut self, slot: usize) {
+        self.reserve(2);
+        self.entries[slot].silent = Some(self.round);
+        self.push_send(slot, Flags::SKIP_SUCCESS, libc::MSG_DONTWAIT);
+        if self.entries[slot].in_flight & op::MULTI == 0 {
+            let recv = opcode::RecvMulti::new(self.fd(slot), buffers::GROUP).build();
+            self.push(slot, op::MULTI, with_ioprio(recv, RECV_MULTISHOT | POLL_FIRST));
+        }
+    }
+
     fn push_close(&mut self, slot: usize) {
         let sqe = match &self.entries[slot].fd {
             Some(fd) => opcode::Close::new(Fd(fd.as_raw_fd())).build(),
@@ -835,10 +1005,11 @@ impl Uring {
 
     fn push_cancel(&mut self, slot: usize, kind: u8) {
         let target = user_data(kind, self.entries[slot].generation, slot);
-        let sqe = opcode::AsyncCancel::new(target)
-            .build()
-            .flags(Flags::SKIP_SUCCESS)
-            .user_data(u64::from(op::CANCEL));
+        let sqe = opcode::AsyncCancel::new(target).build().flags(Flags::SKIP_SUCCESS).user_data(user_data(
+            op::CANCEL,
+            self.entries[slot].generation,
+            slot,
+        ));
         self.submit_entry(&sqe);
     }
 
@@ -889,6 +1060,10 @@ impl Drop for Uring {
         while self.entries.iter().any(|entry| entry.in_flight != 0) && rounds < 1000 {
             rounds += 1;
             let _ = submit_and_wait(&self.ring, 1);
+            self.round += 1;
+            for slot in 0..self.entries.len() {
+                self.settle(slot);
+            }
             for completion in self.ring.completion() {
                 let (kind, slot) = (completion.user_data() as u8, (completion.user_data() >> 32) as usize);
                 match (kind, self.entries.get_mut(slot)) {
@@ -898,6 +1073,7 @@ impl Drop for Uring {
                         entry.in_flight &= !kind;
                     }
                     (op::SEND | op::CLOSE, Some(entry)) => entry.in_flight &= !(op::SEND | op::CLOSE),
+                    (op::MULTI, Some(entry)) if !cqueue::more(completion.flags()) => entry.in_flight &= !kind,
                     (op::ACCEPT | op::RECV | op::SHUT | op::INSTALL, Some(entry)) => entry.in_flight &= !kind,
                     _ => {}
                 }
@@ -906,6 +1082,7 @@ impl Drop for Uring {
         if self.entries.iter().any(|entry| entry.in_flight != 0) {
             // Better lost than written to by the kernel.
             mem::forget(mem::take(&mut self.entries));
+            mem::forget(self.buffers.take());
         }
         if self.features.direct {
             let _ = self.ring.submitter().unregister_files();
@@ -917,7 +1094,7 @@ impl Entry {
     /// The connection, while the kernel has none of its buffers.
     fn connection(&mut self) -> &mut Connection {
         debug_assert_eq!(
-            self.in_flight & !(op::CLOSE | op::INSTALL),
+            self.in_flight & !(op::CLOSE | op::INSTALL | op::MULTI),
             0,
             "touched with an operation in flight"
         );
@@ -931,8 +1108,11 @@ impl Timer {
     }
 }
 
+/// Bits of an entry's generation that go into `user_data`.
+const GENERATION: u32 = 0xff_ffff;
+
 fn user_data(kind: u8, generation: u32, slot: usize) -> u64 {
-    (slot as u64) << 32 | u64::from(generation & 0xff_ffff) << 8 | u64::from(kind)
+    (slot as u64) << 32 | u64::from(generation & GENERATION) << 8 | u64::from(kind)
 }
 
 /// The bytes of a completion, or its errno.
