@@ -90,6 +90,7 @@ const TESTS: &[Need] = &[
     Need { package: "nftables", present: Present::Program("nft") },
     Need { package: "ethtool", present: Present::Program("ethtool") },
     Need { package: "valgrind", present: Present::Program("valgrind") },
+    Need { package: "prometheus", present: Present::Program("promtool") },
 ];
 
 /// Cargo's subcommands that the tests need, and the version to install where there is none.
