@@ -224,7 +224,7 @@ impl Epoll {
 
     /// Keeps within the cap, if need be by closing the longest idle connection. False: none is idle.
     fn make_room(&mut self) -> bool {
-        while self.shared.live > self.shared.limits.max_connections {
+        while self.shared.open() > self.shared.limits.max_connections {
             let Some(slot) = self.shared.take_victim() else {
                 if !mem::replace(&mut self.capped, true) {
                     self.shared.stats.capped.add(1);
@@ -241,7 +241,7 @@ impl Epoll {
 
     /// Looks for new connections only while they can be taken.
     fn watch_listeners(&mut self) {
-        let full = self.shared.live > self.shared.limits.max_connections;
+        let full = self.shared.open() > self.shared.limits.max_connections;
         let watch = !full && self.shared.clock.now >= self.accept_after;
         for (index, listener) in self.listeners.iter_mut().enumerate() {
             if let Some(socket) = &listener.socket

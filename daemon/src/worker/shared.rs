@@ -76,7 +76,7 @@ pub(super) struct Shared {
     pub(super) stop: Arc<Stop>,
     /// Millisecond of the clock by which a worker that was told to stop has ended.
     pub(super) draining: Option<u64>,
-    /// Open connections.
+    /// Connections that the worker itself serves.
     pub(super) live: usize,
     relay: Option<relay::Handle>,
     waiting: VecDeque<(Handoff, u64)>,
@@ -197,6 +197,11 @@ impl Shared {
                 Err(handoff) => return self.waiting.push_front((handoff, deadline)),
             }
         }
+    }
+
+    /// Connections that count for the cap: those of clients that are served, and those that wait for the relay.
+    pub(super) fn open(&self) -> usize {
+        self.live + self.waiting.len()
     }
 
     /// Connections wait for room in the relay.

@@ -108,8 +108,9 @@ impl Features {
                     format!("this kernel's io_uring has no {name}"),
                 ));
             }
-            if !ring.params().is_feature_skip_cqe_on_success() {
-                let text = "this kernel's io_uring is older than Linux 5.17";
+            // Its age shows by an operation that came with it. Before, a recv did not tell whether more waits.
+            if !probe.is_supported(opcode::Socket::CODE) {
+                let text = "this kernel's io_uring is older than Linux 5.19";
                 return Err(io::Error::new(io::ErrorKind::Unsupported, text));
             }
             features.direct = probe.is_supported(opcode::FixedFdInstall::CODE)
@@ -841,7 +842,7 @@ impl Uring {
             return;
         }
         let max = self.shared.limits.max_connections;
-        while self.shared.live > max + self.evicting {
+        while self.shared.open() > max + self.evicting {
             let Some(slot) = self.shared.take_victim() else {
                 if !mem::replace(&mut self.capped, true) {
                     self.shared.stats.capped.add(1);
@@ -858,7 +859,8 @@ impl Uring {
         for index in 0..self.listeners.len() {
             // At the cap one accept per listener stays armed: it is how a connection beyond the cap shows.
             while self.listeners[index].armed == 0
-                || self.listeners[index].armed < ARMED && self.shared.live + self.armed < max + self.evicting
+                || self.listeners[index].armed < ARMED
+                    && self.shared.open() + self.armed < max + self.evicting
             {
                 let Some(slot) = self.allocate(index) else { return };
                 self.push_accept(slot, index);
