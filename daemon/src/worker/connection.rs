@@ -16,6 +16,9 @@ use std::{cell::Cell, mem, time::Duration};
 /// Read buffer at first, in bytes: a browser's preflight is about 600. It doubles as a longer head needs it.
 const INPUT: usize = 4096;
 
+/// What a connection may keep of a read buffer that had to grow.
+const INPUT_KEEP: usize = 16 * 1024;
+
 /// Answers are rendered ahead up to this many bytes; then they are sent before the next request is looked at.
 const OUTPUT_BOUND: usize = 64 * 1024;
 
@@ -263,6 +266,11 @@ impl Connection {
             self.sent = 0;
             if self.end == End::Open {
                 self.answer(cx);
+                if self.begin == self.filled && self.input.len() > INPUT_KEEP {
+                    (self.begin, self.filled) = (0, 0);
+                    self.input.truncate(INPUT);
+                    self.input.shrink_to_fit();
+                }
             }
         }
         let sending = !self.unsent().is_empty();
@@ -621,6 +629,18 @@ mod tests {
         assert_eq!(driver.statuses(), [204; 1000]);
         assert_eq!(driver.seen.end, Ended::Passed(NotOptions, GET.into(), false));
         assert_eq!(driver.answers.get(), 1000);
+    }
+
+    #[test]
+    fn what_a_burst_made_grow_shrinks() {
+        let mut driver = Driver::new(true);
+        driver.connection.take(&REQUEST.repeat(500), false);
+        driver.feed(b"");
+        assert_eq!(driver.statuses().len(), 500);
+        assert!(driver.connection.input.len() <= INPUT_KEEP);
+        assert!(driver.connection.output.capacity() <= OUTPUT_KEEP);
+        driver.feed(REQUEST);
+        assert_eq!(driver.statuses().len(), 501);
     }
 
     #[test]

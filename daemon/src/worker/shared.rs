@@ -88,16 +88,19 @@ pub(super) struct Shared {
 /// How the answer latency is measured: one batch in [`MEASURED_EVERY_MS`] stands for those since the last one.
 #[derive(Debug)]
 struct Latency {
-    /// Millisecond of the clock of the batch that was measured last.
-    at: u64,
+    /// Millisecond of the clock from which on the next batch is measured.
+    next: u64,
     /// What it took, in nanoseconds.
     last: u64,
     /// Answers of batches since then that were not measured.
     carried: u64,
 }
 
-/// To know when the kernel has the answers takes a system call more. Tests of the engines go the usual way.
-const MEASURED_EVERY_MS: u64 = if cfg!(test) { u64::MAX / 2 } else { 10 };
+/// To know when the kernel has the answers takes a system call more.
+const MEASURED_EVERY_MS: u64 = 10;
+
+/// Tests of the engines go the usual way.
+const FIRST_MEASURED_MS: u64 = if cfg!(test) { u64::MAX } else { 0 };
 
 impl Shared {
     /// The parts of `setup` but its sockets, for connections numbered below `slots`.
@@ -121,7 +124,7 @@ impl Shared {
             relay,
             waiting: VecDeque::new(),
             answers: Cell::new(0),
-            latency: Latency { at: 0, last: 0, carried: 0 },
+            latency: Latency { next: FIRST_MEASURED_MS, last: 0, carried: 0 },
         }
     }
 
@@ -232,7 +235,7 @@ impl Shared {
     /// Whether this batch is one whose latency is measured.
     #[inline]
     pub(super) fn measures_latency(&self) -> bool {
-        self.clock.now >= self.latency.at + MEASURED_EVERY_MS
+        self.clock.now >= self.latency.next
     }
 
     /// A batch ends. `sent`: when the kernel had its answers, if it is measured.
@@ -241,7 +244,7 @@ impl Shared {
         let answers = self.answers.take();
         match sent {
             Some(sent) if answers > 0 => {
-                self.latency.at = batch.now;
+                self.latency.next = batch.now + MEASURED_EVERY_MS;
                 self.latency.last = sent.duration_since(batch.began).as_nanos() as u64;
                 self.stats.latency(self.latency.last, answers + mem::take(&mut self.latency.carried));
             }

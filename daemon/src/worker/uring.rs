@@ -323,7 +323,8 @@ impl Uring {
         shared: Shared,
     ) -> io::Result<Self> {
         let max_entries = entries(shared.limits.max_connections, listeners.len());
-        let completions = max_entries.next_power_of_two().clamp(4096, 65536) as u32;
+        // An end and an answer of each at once, and what the buffers bring.
+        let completions = (2 * max_entries + 1024).next_power_of_two().clamp(4096, 65536) as u32;
         let ring = features
             .ring(SUBMISSIONS, completions)
             .map_err(|error| io::Error::new(error.kind(), format!("cannot make a ring: {error}")))?;
@@ -383,8 +384,9 @@ impl Uring {
             // client reads, and that ends the wait.
             let (batch, measured) = (self.shared.clock.batch(), self.shared.measures_latency());
             let again = mem::take(&mut self.again);
+            let nothing_unread = self.ring.completion().is_empty() && !self.ring.submission().cq_overflow();
             submit_and_wait(&self.ring, usize::from(again.is_empty()))?;
-            if self.ring.submission().is_empty() {
+            if nothing_unread && self.ring.submission().is_empty() {
                 self.round += 1;
             }
             let now = self.shared.clock.read();
@@ -401,7 +403,7 @@ impl Uring {
                 self.make_room()?;
             }
             for slot in again {
-                self.resume(slot as usize);
+                self.look_again(slot as usize);
             }
             self.shared.retry_handoffs();
         }
@@ -512,15 +514,18 @@ impl Uring {
         let entry = &mut self.entries[slot];
         let connection = &mut entry.connection;
         let came = completed(result);
-        match (came, cqueue::buffer_select(flags), &mut self.buffers) {
-            (Ok(n), Some(id), Some(buffers)) => {
-                connection.take(buffers.bytes(id, n), cqueue::sock_nonempty(flags));
-                buffers.give_back(id);
+        let buffer = cqueue::buffer_select(flags).zip(self.buffers.as_mut());
+        match (came, &buffer) {
+            (Ok(n @ 1..), Some((id, buffers))) => {
+                connection.take(buffers.bytes(*id, n), cqueue::sock_nonempty(flags));
             }
-            (Ok(_), ..) => connection.received(0, false),
+            (Ok(_), _) => connection.received(0, false),
             // No buffer was left, or it was cancelled: what the connection waits for says how it goes on.
-            (Err(libc::ENOBUFS | libc::ECANCELED | libc::EAGAIN | libc::EINTR), ..) => {}
-            (Err(_), ..) => connection.fail(),
+            (Err(libc::ENOBUFS | libc::ECANCELED | libc::EAGAIN | libc::EINTR), _) => {}
+            (Err(_), _) => connection.fail(),
+        }
+        if let Some((id, buffers)) = buffer {
+            buffers.give_back(id);
         }
         if !cqueue::more(flags) {
             entry.in_flight &= !op::MULTI;
@@ -539,11 +544,26 @@ impl Uring {
             // Its answer is not submitted yet.
             return self.again.push(slot as u32);
         }
-        self.resume(slot);
-        if self.entries[slot].in_flight & op::SEND != 0 && self.entries[slot].silent.is_none() {
+        if self.entries[slot].in_flight & op::SEND != 0 {
             // Who does not read its answers is not read from either.
             self.stop_multi(slot);
         }
+        self.resume(slot);
+    }
+
+    /// A connection of which more was received before its answer was submitted.
+    fn look_again(&mut self, slot: usize) {
+        self.settle(slot);
+        let entry = &self.entries[slot];
+        if entry.silent.is_some() {
+            return self.again.push(slot as u32);
+        }
+        if entry.state == State::Open && entry.in_flight & !op::MULTI == 0 && entry.doom.is_some() {
+            // It was taken for idle, but what came was not looked at yet.
+            self.take_doom(slot);
+            self.entries[slot].connection.restart_timer();
+        }
+        self.resume(slot);
     }
 
     /// Goes on with a connection of which bytes have come, if it waits for nothing else.
@@ -679,7 +699,8 @@ impl Uring {
             Step::HandOver(_) | Step::Close if self.stop_multi(slot) => {}
             Step::SendThenClose => {
                 // MSG_MORE: the FIN of the close goes out with the answer, which saves a packet (and with a connection
-                // per request a fifth of the worker's CPU, measured).
+                // per request a fifth of the worker's CPU, measured). A client that goes on sending after it has said
+                // that this was its last request is reset, and may lose the answer (RFC 9112 §9.6 forbids it that).
                 self.push_send(slot, Flags::IO_LINK | Flags::SKIP_SUCCESS, libc::MSG_MORE);
                 self.push_close(slot);
             }
@@ -718,6 +739,10 @@ impl Uring {
     fn doom(&mut self, slot: usize, doom: Doom) {
         self.settle(slot);
         let entry = &mut self.entries[slot];
+        if self.again.contains(&(slot as u32)) {
+            // More has come.
+            return entry.connection.restart_timer();
+        }
         let kind = match entry.in_flight {
             op::RECV => op::RECV,
             in_flight if in_flight & op::SEND != 0 && entry.silent.is_none() => op::SEND,
