@@ -431,9 +431,18 @@ fn bytes_already_read_go_first() {
     }
 }
 
-/// An address on which nobody listens.
-fn nowhere() -> SocketAddr {
+/// An address for a server that is started later.
+fn free() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port")
+}
+
+/// An address on which nobody listens, nor will while this process lives: it stays bound.
+fn nowhere() -> SocketAddr {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket");
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a free port");
+    let address = socket.local_addr().expect("its address").as_socket().expect("IPv4");
+    std::mem::forget(socket);
+    address
 }
 
 #[test]
@@ -917,7 +926,7 @@ fn get(server: SocketAddr, from: Option<Ipv4Addr>) -> (u16, String) {
 #[test]
 fn the_upstream_is_asked_what_it_understands() {
     let _alone = alone();
-    let [plain, expecting, through, both, backend] = std::array::from_fn(|_| nowhere());
+    let [plain, expecting, through, both, backend] = std::array::from_fn(|_| free());
     let _nginx = Proxy::nginx(
         &format!(
             "server {{ listen {plain}; return 204; }}
@@ -959,7 +968,7 @@ fn the_upstream_is_asked_what_it_understands() {
 fn an_upstream_that_comes_up_late_is_asked_then() {
     let _alone = alone();
     for backend in backends() {
-        let address = nowhere();
+        let address = free();
         let front = Options {
             protocol: ProxyProtocol::Auto,
             before: Before::ReadHead,
@@ -988,7 +997,7 @@ fn an_upstream_that_comes_up_late_is_asked_then() {
 fn nginx_decides_by_the_clients_address() {
     let _alone = alone();
     for protocol in [ProxyProtocol::Auto, ProxyProtocol::V1, ProxyProtocol::V2] {
-        let [direct, behind] = std::array::from_fn(|_| nowhere());
+        let [direct, behind] = std::array::from_fn(|_| free());
         let rules = "location / { empty_gif; allow 127.0.0.2; deny all; } }";
         let _nginx = Proxy::nginx(
             &format!(
