@@ -29,6 +29,9 @@ fn slots_for(items: usize) -> usize {
     (items + items / 2 + 1).next_power_of_two()
 }
 
+/// The number in a slot that is not taken.
+const FREE: u32 = u32::MAX;
+
 /// The piece of a hash that is kept in a slot.
 #[inline]
 fn tag(hash: u64) -> u32 {
@@ -38,23 +41,21 @@ fn tag(hash: u64) -> u32 {
 /// Numbers by hash: open addressing.
 #[derive(Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Index {
-    /// A piece of the hash and the number; [`Index::FREE`] as number where there is none.
+    /// A piece of the hash and the number; [`FREE`] as number where there is none.
     slots: Box<[(u32, u32)]>,
 }
 
 impl Index {
-    const FREE: u32 = u32::MAX;
-
     /// Of `(hash, number)` pairs.
     pub(super) fn new(items: &[(u64, u32)]) -> Self {
         if items.is_empty() {
             return Self::default();
         }
-        let mut slots = vec![(0, Self::FREE); slots_for(items.len())];
+        let mut slots = vec![(0, FREE); slots_for(items.len())];
         let mask = slots.len() - 1;
         for &(hash, number) in items {
             let mut at = hash as usize & mask;
-            while slots[at].1 != Self::FREE {
+            while slots[at].1 != FREE {
                 at = (at + 1) & mask;
             }
             slots[at] = (tag(hash), number);
@@ -69,7 +70,7 @@ impl Index {
         let mut at = hash as usize & mask;
         loop {
             let (piece, number) = *self.slots.get(at)?;
-            if number == Self::FREE {
+            if number == FREE {
                 return None;
             }
             if piece == tag(hash) && is(number) {
@@ -92,7 +93,6 @@ pub(super) struct Strings {
     count: u32,
 }
 
-const FREE: u32 = u32::MAX;
 const SLOT: usize = 8;
 
 impl Strings {
@@ -104,7 +104,7 @@ impl Strings {
             let item = item.as_ref();
             count = i as u32 + 1;
             if let Ok(len) = u16::try_from(item.len()) {
-                offsets.push((hash(0, item), records.len()));
+                offsets.push((hash(0, item), records.len() as u32));
                 records.extend_from_slice(&len.to_le_bytes());
                 records.extend_from_slice(&(i as u32).to_le_bytes());
                 records.extend_from_slice(item);
@@ -113,17 +113,11 @@ impl Strings {
         if offsets.len() <= LINEAR {
             return Self { block: records.into(), slots: 0, count };
         }
-        let slots = slots_for(offsets.len());
-        let mut index = vec![(0, FREE); slots];
-        for (hash, offset) in offsets {
-            let mut at = hash as usize & (slots - 1);
-            while index[at].1 != FREE {
-                at = (at + 1) & (slots - 1);
-            }
-            index[at] = (tag(hash), (slots * SLOT + offset) as u32);
-        }
+        let index = Index::new(&offsets);
+        let slots = index.slots.len();
         let mut block = Vec::with_capacity(slots * SLOT + records.len());
-        for (tag, offset) in index {
+        for &(tag, offset) in &index.slots {
+            let offset = if offset == FREE { FREE } else { (slots * SLOT) as u32 + offset };
             block.extend_from_slice(&tag.to_le_bytes());
             block.extend_from_slice(&offset.to_le_bytes());
         }

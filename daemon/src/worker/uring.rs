@@ -39,7 +39,7 @@ const SUBMISSIONS: u32 = 1024;
 /// IORING_RECVSEND_POLL_FIRST: who has its answer seldom has sent the next request already, so do not try in vain.
 const POLL_FIRST: u16 = 1;
 
-/// IORING_RECV_MULTISHOT. Measured on keep-alive: a twelfth of the worker's CPU less than a recv for each request.
+/// IORING_RECV_MULTISHOT. Measured on keep-alive: a twentieth of the worker's CPU less than a recv for each request.
 const RECV_MULTISHOT: u16 = 2;
 
 /// IORING_ACCEPT_POLL_FIRST (Linux 6.10): the queue is mostly empty when an accept is armed, and the kernel makes a socket
@@ -1000,12 +1000,12 @@ impl Uring {
     }
 
     /// MSG_WAITALL: the kernel goes on until all is sent; should it fail in between, a linked close is not done.
-    fn push_send(&mut self, slot: usize, flags: Flags, more: libc::c_int) {
+    fn push_send(&mut self, slot: usize, flags: Flags, message: libc::c_int) {
         self.reserve(2);
         let fd = self.fd(slot);
         let bytes = self.entries[slot].connection.unsent();
         let sqe = opcode::Send::new(fd, bytes.as_ptr(), bytes.len() as u32)
-            .flags(libc::MSG_WAITALL | libc::MSG_NOSIGNAL | more)
+            .flags(libc::MSG_WAITALL | libc::MSG_NOSIGNAL | message)
             .build();
         self.push(slot, op::SEND, sqe.flags(flags));
     }
