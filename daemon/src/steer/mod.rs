@@ -16,6 +16,10 @@ use aya::{
 };
 use preflightd_common::abi::{MAX_PORTS, PortKey, uncounted};
 
+pub mod interfaces;
+pub mod netns;
+pub mod sysctl;
+
 pub use preflightd_common::abi::PortCount;
 
 /// The object that `build.rs` made from the crate `ebpf/`.
