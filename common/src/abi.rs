@@ -1,44 +1,394 @@
-//! The maps: keys, values and named slots, laid out alike for the eBPF program and for user space.
+//! The maps: keys, values and named slots, laid out alike for the eBPF programs and for user space.
 //!
-//! Every type is `repr(C)` without padding and holds no `bool`; the assertions below hold the sizes.
+//! Every type is `repr(C)` without padding and holds no `bool`; the assertions below hold the sizes. Maps may be pinned
+//! and taken over by another version of the daemon: whoever changes a layout or a slot raises [`VERSION`].
 
-/// How many served ports the program can count (entries of the `PORTS` map).
-pub const MAX_PORTS: u32 = 256;
+/// Version of everything here; part of the path where maps and links are pinned.
+pub const VERSION: u32 = 1;
 
-/// Key of `PORTS`: a served TCP port, in the byte order of the host. A port is served if its key is in the map.
+/// How many (port, listener) pairs can be counted; also bounds the served ports.
+pub const MAX_PORTS: u32 = 64;
+
+/// Entries of `SERVED`: served ports times the addresses of the node.
+pub const MAX_SERVED: u32 = 4096;
+
+/// Entries of `SOCKETS`: listening sockets of workers.
+pub const MAX_SOCKETS: u32 = 4096;
+
+/// Entries of `PENDING` unless the configuration says otherwise.
+pub const DEFAULT_PENDING: u32 = 65_536;
+
+/// Entries of `HOSTS`.
+pub const MAX_HOSTS: u32 = 131_072;
+
+/// Entries of `MARKS`.
+pub const MAX_MARKS: u32 = 16_384;
+
+/// A connection as its client sees it: addresses (IPv4 as `::ffff:a.b.c.d`) and ports in network order.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct PortKey {
-    /// The destination port.
-    pub port: u16,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Flow {
+    /// The client's address.
+    pub client: [u32; 4],
+    /// The address that it connects to.
+    pub server: [u32; 4],
+    /// The client's port.
+    pub client_port: u16,
+    /// The served port.
+    pub server_port: u16,
 }
 
-/// Value of `PORTS`, one for each CPU.
+/// Key of `SERVED`: where clients connect, in network order; the address as in [`Flow`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Endpoint {
+    /// An address of this node.
+    pub address: [u32; 4],
+    /// The port.
+    pub port: u16,
+    /// Zero.
+    pub zero: u16,
+}
+
+/// Value of `SERVED`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PortCount {
-    /// TCP packets to the port, as TC sees them: after GRO, so one may be several segments of the wire.
-    pub packets: u64,
-    /// Their bytes, link-layer header included.
-    pub bytes: u64,
+pub struct Service {
+    /// The listener's number.
+    pub listener: u32,
+    /// Row of the port in `PORT_COUNTS`.
+    pub row: u32,
+    /// First slot of the workers' sockets of this listener and address family in `SOCKETS`.
+    pub first_socket: u32,
+    /// How many there are, one for each worker.
+    pub sockets: u32,
+    /// 1: its connections may be deferred.
+    pub engaged: u32,
 }
 
-/// Slots of `UNCOUNTED`: packets that were not counted for a port, by reason, one `u64` for each CPU.
-pub mod uncounted {
-    /// Neither TCP over IPv4 nor TCP directly behind an IPv6 header (extension headers are not walked).
-    pub const NOT_TCP: u32 = 0;
-    /// A later IPv4 fragment: it has no TCP header. The first one is counted.
-    pub const FRAGMENT: u32 = 1;
-    /// The frame ends, or contradicts itself, before the ports.
-    pub const MALFORMED: u32 = 2;
-    /// TCP to a port that is not served.
-    pub const OTHER_PORT: u32 = 3;
-    /// How many slots there are.
-    pub const SLOTS: u32 = 4;
+/// What the programs do; the value of [`Config::state`].
+pub mod state {
+    /// Finish what was begun.
+    pub const OFF: u32 = 0;
+    /// And count new connections.
+    pub const OBSERVE: u32 = 1;
+    /// And defer new connections.
+    pub const DEFER: u32 = 2;
 }
 
-const _: () = assert!(size_of::<PortKey>() == 2);
-const _: () = assert!(size_of::<PortCount>() == 16);
+/// The one entry of `CONFIG`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// One of [`state`].
+    pub state: u32,
+    /// Of [`config_flags`].
+    pub flags: u32,
+    /// Share of connections that may be deferred, in 1/100.
+    pub percent: u32,
+    /// Which of the two `KEYS` signs new cookies.
+    pub key: u32,
+    /// Window of a SYN-ACK in bytes.
+    pub window: u32,
+    /// Window scale of a SYN-ACK.
+    pub window_scale: u32,
+    /// Cookies that each CPU may check in a [`BUDGET_SHIFT`] period while entries are being evicted.
+    pub cookie_budget: u32,
+    /// Who wrote this: a daemon that finds another number has been replaced.
+    pub owner: u32,
+}
+
+/// Bits of [`Config::flags`].
+pub mod config_flags {
+    /// `net.ipv4.tcp_timestamps`.
+    pub const TIMESTAMPS: u32 = 1;
+    /// `net.ipv4.tcp_sack`.
+    pub const SACK: u32 = 2;
+    /// `net.ipv4.tcp_window_scaling`.
+    pub const WINDOW_SCALING: u32 = 4;
+    /// `net.ipv4.tcp_ecn` is 1 or 2.
+    pub const ECN: u32 = 8;
+    /// `net.ipv4.tcp_ecn` is above 2: accurate ECN, whose handshake is left to the kernel.
+    pub const ACCURATE_ECN: u32 = 16;
+    /// `PENDING` is nearly full: new connections are left to the kernel, and evicted ones may prove themselves by
+    /// their cookie alone.
+    pub const PRESSURE: u32 = 32;
+    /// The fields of TIME_WAIT sockets can be read.
+    pub const TIME_WAIT: u32 = 64;
+}
+
+/// Nanoseconds after which a heartbeat is stale.
+pub const HEARTBEAT_STALE: u64 = 1_000_000_000;
+
+/// The budget of cookies is renewed each 2^this nanoseconds (about a second).
+pub const BUDGET_SHIFT: u32 = 30;
+
+/// A clock tick in [`Pending`] and in TCP timestamps is 2^this nanoseconds (1.05 ms; RFC 7323 §5.4 wants 1 ms to 1 s).
+pub const TICK_SHIFT: u32 = 20;
+
+/// Value of `INTERFACES`, by interface index.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Interface {
+    /// What a SYN-ACK over IPv4 announces as MSS.
+    pub mss_v4: u16,
+    /// The same over IPv6.
+    pub mss_v6: u16,
+    /// 1: all routes of IPv4 leave by it, so an answer may too.
+    pub symmetric_v4: u16,
+    /// The same for IPv6.
+    pub symmetric_v6: u16,
+}
+
+/// Where a connection in `PENDING` stands; the value of [`Pending::stage`].
+pub mod stage {
+    /// The kernel made the handshake; its first data is waited for, to be counted.
+    pub const OBSERVED: u8 = 0;
+    /// Our SYN-ACK is out.
+    pub const DEFERRED: u8 = 1;
+    /// The client has acknowledged it.
+    pub const ACKNOWLEDGED: u8 = 2;
+    /// A listener has been chosen; the kernel makes, or has made, the connection.
+    pub const GIVEN: u8 = 3;
+    /// The kernel may have had no room when a worker was chosen: next time the proxy.
+    pub const GIVEN_TO_WORKER: u8 = 4;
+}
+
+/// Bits of [`Pending::options`]: what the handshake agreed upon.
+pub mod options {
+    /// Timestamps (RFC 7323).
+    pub const TIMESTAMPS: u8 = 1;
+    /// Selective acknowledgements (RFC 2018).
+    pub const SACK: u8 = 2;
+    /// Window scaling (RFC 7323).
+    pub const WINDOW_SCALE: u8 = 4;
+    /// ECN (RFC 3168).
+    pub const ECN: u8 = 8;
+}
+
+/// Value of `PENDING`: a connection between its SYN and its first data.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// The client's initial sequence number.
+    pub client_isn: u32,
+    /// Ours; while observing, what the client first acknowledged (0: nothing yet).
+    pub server_isn: u32,
+    /// Last packet, in ticks ([`TICK_SHIFT`]).
+    pub touched: u32,
+    /// The client's MSS.
+    pub mss: u16,
+    /// The client's window scale.
+    pub client_scale: u8,
+    /// Ours.
+    pub server_scale: u8,
+    /// Of [`options`].
+    pub options: u8,
+    /// One of [`stage`].
+    pub stage: u8,
+    /// Row of the port in `PORT_COUNTS`.
+    pub row: u16,
+}
+
+/// Ticks without a packet after which an entry of `PENDING` is swept, by stage.
+pub mod expiry {
+    /// A client that has not acknowledged our SYN-ACK sends its SYN again after 1, 3, 7 and 15 s.
+    pub const DEFERRED: u32 = ticks(20);
+    /// Chrome keeps a connection that it opened ahead of need for five minutes.
+    pub const ACKNOWLEDGED: u32 = ticks(600);
+    /// Only counted.
+    pub const OBSERVED: u32 = ticks(120);
+    /// The kernel's.
+    pub const GIVEN: u32 = ticks(60);
+    /// A client that has waited for so long waits for the server to speak, or is in no hurry.
+    pub const SILENT: u32 = ticks(10);
+
+    const fn ticks(seconds: u64) -> u32 {
+        (seconds * 1_000_000_000 >> super::TICK_SHIFT) as u32
+    }
+}
+
+/// Key of `HOSTS`: a host of some policy, by the hash of [`crate::preflight::HostHash`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Host {
+    /// Of the host, or of the suffix with its dot; 0 with [`host_kind::ANY`].
+    pub hash: u64,
+    /// The listener's number.
+    pub listener: u32,
+    /// One of [`host_kind`].
+    pub kind: u32,
+}
+
+/// What a key of `HOSTS` stands for.
+pub mod host_kind {
+    /// This very host.
+    pub const EXACT: u32 = 0;
+    /// Every host that ends so.
+    pub const SUFFIX: u32 = 1;
+    /// Every host.
+    pub const ANY: u32 = 2;
+}
+
+macro_rules! slots {
+    ($(#[$module:meta])* $name:ident { $($(#[$doc:meta])* $slot:ident = $label:literal,)+ }) => {
+        $(#[$module])*
+        pub mod $name {
+            #[repr(u32)]
+            enum Slot { $($slot,)+ }
+            $($(#[$doc])* #[expect(non_upper_case_globals, reason = "named like the variants of an enum")]
+              pub const $slot: u32 = Slot::$slot as u32;)+
+            /// The stable name of each slot, in order: a metric label.
+            pub const NAMES: &[&str] = &[$($label,)+];
+            /// How many slots there are.
+            pub const SLOTS: u32 = NAMES.len() as u32;
+        }
+    };
+}
+
+slots! {
+    /// Slots of `EVENTS`, one `u64` for each CPU: what the program did.
+    event {
+        /// Packets to served ports.
+        Packet = "packet",
+        /// SYNs to served ports.
+        Syn = "syn",
+        /// SYN-ACKs sent by the program; a resent one counts.
+        SynAck = "syn_ack",
+        /// Of these: to a SYN that was sent again.
+        SynAgain = "syn_again",
+        /// Of these: to a SYN whose addresses and ports were in TIME_WAIT.
+        TimeWaitReused = "time_wait_reused",
+        /// Acknowledgements of a SYN-ACK, dropped: the connection waits for its first data.
+        Ack = "ack",
+        /// TCP keepalives of clients that have not spoken yet, answered.
+        Keepalive = "keepalive",
+        /// Data behind the first segment that came before it, dropped: the client sends it again.
+        OutOfOrder = "out_of_order",
+        /// Segments of a deferred connection with impossible numbers: left to the kernel, which resets.
+        BadNumbers = "bad_numbers",
+        /// Connections that ended by the client before they were given to anybody.
+        ClientReset = "client_reset",
+        /// Connections that were given to a listener a second time, as the kernel had no room at first.
+        GivenAgain = "given_again",
+        /// The kernel refused to make the connection.
+        AssignFailed = "assign_failed",
+        /// A preflight for a worker whose socket is gone: given to the proxy.
+        WorkerGone = "worker_gone",
+        /// A preflight for a worker with a full accept queue: given to the proxy.
+        WorkerFull = "worker_full",
+        /// A preflight that a worker had to turn away before: given to the proxy.
+        Marked = "marked",
+        /// Connections whose entry was evicted, accepted by their cookie.
+        CookieGood = "cookie_good",
+        /// Segments without an entry whose cookie is wrong.
+        CookieBad = "cookie_bad",
+        /// Segments whose cookie was not looked at: too many in this second.
+        CookieBudget = "cookie_budget",
+        /// Entries made in `PENDING`.
+        Inserted = "inserted",
+        /// Entries removed by the program.
+        Removed = "removed",
+        /// Nanoseconds that sampled packets took.
+        SampledNs = "sampled_ns",
+        /// How many were sampled.
+        Sampled = "sampled",
+    }
+}
+
+slots! {
+    /// Slots of `FAIL_OPENS`, one `u64` for each CPU: why a new connection was left to the kernel's own handshake.
+    fail_open {
+        /// The daemon's heartbeat is stale.
+        Heartbeat = "heartbeat",
+        /// The port was disengaged.
+        Disengaged = "disengaged",
+        /// Not among the share of `steer.percent`.
+        Percent = "percent",
+        /// Nobody listens.
+        NoListener = "no_listener",
+        /// There is a connection of these addresses and ports.
+        Existing = "existing",
+        /// These addresses and ports are in TIME_WAIT, and the kernel would not reuse them.
+        TimeWait = "time_wait",
+        /// The proxy listens with MPTCP.
+        Mptcp = "mptcp",
+        /// The proxy's accept queue is full.
+        AcceptQueue = "accept_queue",
+        /// `PENDING` is nearly full.
+        Pressure = "pressure",
+        /// The entry could not be made.
+        Insert = "insert",
+        /// The packet is a fragment, or has IP options.
+        IpOptions = "ip_options",
+        /// The SYN has data, TCP Fast Open, or flags that are not a plain SYN's.
+        OddSyn = "odd_syn",
+        /// The client's MSS is below what the kernel takes, or its options make no sense.
+        Mss = "mss",
+        /// The answer might leave by another interface.
+        Route = "route",
+        /// The interface is not known yet.
+        Interface = "interface",
+        /// The reply could not be written.
+        Reply = "reply",
+    }
+}
+
+slots! {
+    /// Slots of `SWEPT`: what the last sweep of `PENDING` found.
+    swept {
+        /// Entries by stage.
+        Observed = "observed",
+        /// A SYN-ACK is out.
+        Deferred = "deferred",
+        /// It is acknowledged.
+        Acknowledged = "acknowledged",
+        /// A listener has it.
+        Given = "given",
+        /// Of the acknowledged ones: silent for ten seconds.
+        Silent = "silent",
+        /// Removed by this sweep, and in none of the others.
+        Removed = "removed",
+    }
+}
+
+slots! {
+    /// Columns of `PORT_COUNTS`, one `u64` for each CPU: what connections to a port turned out to be.
+    kind {
+        /// New connections seen.
+        Syn = "syn",
+        /// Opens with a preflight that a policy may answer.
+        Preflight = "preflight",
+        /// Opens with another OPTIONS.
+        Options = "options",
+        /// Opens with another request.
+        Other = "other",
+        /// TLS.
+        Tls = "tls",
+        /// HTTP/2 without TLS.
+        H2c = "h2c",
+        /// PROXY protocol in front.
+        ProxyProtocol = "proxy_protocol",
+        /// The server spoke first.
+        ServerFirst = "server_first",
+        /// OPTIONS later on a connection: the proxy's. Seen while observing only.
+        Pooled = "pooled_options",
+        /// Given to a worker.
+        Worker = "worker",
+        /// Given to the proxy.
+        Proxy = "proxy",
+        /// Ended without data: a health check, or a connection opened ahead of need.
+        Silent = "silent",
+    }
+}
+
+const _: () = assert!(size_of::<Flow>() == 36);
+const _: () = assert!(size_of::<Endpoint>() == 20);
+const _: () = assert!(size_of::<Service>() == 20);
+const _: () = assert!(size_of::<Config>() == 32);
+const _: () = assert!(size_of::<Interface>() == 8);
+const _: () = assert!(size_of::<Pending>() == 20);
+const _: () = assert!(size_of::<Host>() == 16);
 
 #[cfg(feature = "user")]
 mod pod {
@@ -47,10 +397,14 @@ mod pod {
         reason = "aya's marker for types that may cross into a map is unsafe to implement"
     )]
 
-    use super::{PortCount, PortKey};
+    use super::{Config, Endpoint, Flow, Host, Interface, Pending, Service};
 
-    // SAFETY: `repr(C)` over one integer, no padding, every bit pattern is a value.
-    unsafe impl aya::Pod for PortKey {}
-    // SAFETY: `repr(C)` over two integers of one size, no padding, every bit pattern is a value.
-    unsafe impl aya::Pod for PortCount {}
+    macro_rules! pod {
+        ($($type:ty),+) => {
+            // SAFETY: each is `repr(C)` over integers, without padding (sizes asserted above); every bit pattern is a value.
+            $(unsafe impl aya::Pod for $type {})+
+        };
+    }
+
+    pod!(Config, Endpoint, Flow, Host, Interface, Pending, Service);
 }

@@ -1,6 +1,12 @@
-//! What the eBPF program and user space share: one source for both sides.
+//! What the eBPF programs and user space share: one source for both sides.
 #![cfg_attr(not(test), no_std)]
 #![deny(unsafe_code)]
+#![expect(
+    clippy::inline_always,
+    reason = "for eBPF, a call costs the verifier and the stack more than it saves"
+)]
 
 pub mod abi;
+pub mod cookie;
 pub mod preflight;
+pub mod tcp;

@@ -1,34 +1,84 @@
 //! The TC programs of preflightd: entry points only.
 //!
-//! On any target but BPF this is an empty program, so that editors and lints can read it like every other crate.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+//! `steer` defers the handshake of new connections and gives each to a worker or to the proxy; `observe` only counts, and
+//! needs less of the kernel. On any target but BPF this is an empty program, so that editors and lints can read it like
+//! every other crate.
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![expect(
     clippy::inline_always,
     reason = "a call costs the verifier and the stack more than the bytes it saves"
 )]
+#![cfg_attr(not(target_arch = "bpf"), expect(dead_code, reason = "entry points are for BPF"))]
 
+mod handshake;
+mod kernel;
 mod maps;
 mod packet;
+mod sockets;
+mod sweep;
+mod verdict;
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
-use preflightd_common::abi::uncounted;
+use aya_ebpf::{bindings::__sk_buff, macros::classifier, programs::TcContext};
+use packet::Frame;
+use preflightd_common::{abi::event, tcp::flags};
 
 /// Hands the packet to the next program: `TCX_NEXT`, and under clsact `TC_ACT_UNSPEC`, the next filter.
 const NEXT: i32 = -1;
 
-/// TC ingress: counts the TCP packets to the served ports, and lets every packet go on.
+/// One packet in so many is timed, for that takes as long as the rest.
+const SAMPLED: u64 = 64;
+
+/// TC ingress: defers, decides, gives.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes it so")]
-fn count_served(ctx: TcContext) -> i32 {
-    match packet::tcp_destination(&ctx) {
-        Ok(port) => {
-            if !maps::count(port, ctx.len()) {
-                maps::skip(uncounted::OTHER_PORT);
-            }
-        }
-        Err(slot) => maps::skip(slot),
-    }
+fn steer(ctx: TcContext) -> i32 {
+    ingress(ctx.skb.skb, true)
+}
+
+/// TC ingress: counts what connections open with, and touches nothing.
+#[classifier]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes it so")]
+fn observe(ctx: TcContext) -> i32 {
+    ingress(ctx.skb.skb, false)
+}
+
+/// Attached nowhere: sweeps `PENDING` when the daemon runs it.
+#[classifier]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes it so")]
+fn sweep_pending(_: TcContext) -> i32 {
+    sweep::sweep();
+    0
+}
+
+/// Does nothing: what any program costs, for benchmarks.
+#[classifier]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes it so")]
+fn empty(_: TcContext) -> i32 {
     NEXT
+}
+
+#[inline(always)]
+fn ingress(skb: *mut __sk_buff, deferring: bool) -> i32 {
+    let packet = match packet::read(skb) {
+        Frame::Segment(packet) => packet,
+        Frame::Odd(port, true) if deferring && maps::is_served(port) => return handshake::odd_syn(),
+        Frame::Odd(..) | Frame::Other => return NEXT,
+    };
+    if !maps::is_served(packet.flow.server_port) {
+        return NEXT;
+    }
+    let timed = maps::count(event::Packet).is_multiple_of(SAMPLED);
+    let start = if timed { maps::now() } else { 0 };
+    let verdict = if packet.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN {
+        handshake::syn(skb, &packet, deferring)
+    } else {
+        verdict::segment(skb, &packet, deferring)
+    };
+    if timed {
+        maps::count_by(event::SampledNs, maps::now() - start);
+        maps::count(event::Sampled);
+    }
+    verdict
 }
 
 /// Some helpers of the kernel are for GPL-compatible programs only.

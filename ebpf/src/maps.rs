@@ -1,35 +1,250 @@
-//! The maps, and the only ways in which the program writes to them.
+//! The maps, and the ways in which the programs use them.
 
 use aya_ebpf::{
+    bindings::bpf_sock,
+    helpers::{bpf_ktime_get_ns, bpf_loop, bpf_map_lookup_elem},
     macros::map,
-    maps::{PerCpuArray, PerCpuHashMap},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, SockMap},
 };
-use preflightd_common::abi::{MAX_PORTS, PortCount, PortKey, uncounted};
+use core::ffi::c_void;
+use preflightd_common::{
+    abi::{
+        BUDGET_SHIFT, Config, DEFAULT_PENDING, Endpoint, Flow, HEARTBEAT_STALE, Host, Interface, MAX_HOSTS,
+        MAX_MARKS, MAX_PORTS, MAX_SERVED, MAX_SOCKETS, Pending, Service, event, fail_open, kind, state,
+        swept,
+    },
+    cookie::Key,
+    preflight::{Buffer, HostHash, Scan},
+    tcp::{HeaderWords, OptionBytes, Walk},
+};
 
-/// The served ports and their counts. User space inserts the keys; the program only finds them.
+/// One bit for each port: set if it is served. The first thing that a packet is asked.
 #[map]
-static PORTS: PerCpuHashMap<PortKey, PortCount> = PerCpuHashMap::with_max_entries(MAX_PORTS, 0);
+static PORTS: Array<u64> = Array::with_max_entries(1024, 0);
 
-/// What was not counted for a port, by the slots of [`uncounted`].
 #[map]
-static UNCOUNTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(uncounted::SLOTS, 0);
+static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
-/// Counts one packet of `bytes` for `port`; false if the port is not served.
-#[inline(always)]
-pub(crate) fn count(port: u16, bytes: u32) -> bool {
-    let Some(count) = PORTS.get_ptr_mut(PortKey { port }) else { return false };
-    // SAFETY: the map gave this pointer, the value is this CPU's own, and TC runs on a CPU one packet at a time.
-    let count = unsafe { &mut *count };
-    count.packets += 1;
-    count.bytes += u64::from(bytes);
-    true
+/// Nanoseconds of `CLOCK_MONOTONIC` when the daemon was last well.
+#[map]
+static HEARTBEAT: Array<u64> = Array::with_max_entries(1, 0);
+
+/// The present and the previous secret; [`Config::key`] is the present one.
+#[map]
+static KEYS: Array<Key> = Array::with_max_entries(2, 0);
+
+#[map]
+static SERVED: HashMap<Endpoint, Service> = HashMap::with_max_entries(MAX_SERVED, 0);
+
+#[map]
+static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(1024, 0);
+
+/// Connections between their SYN and their first data.
+#[map]
+pub(crate) static PENDING: LruHashMap<Flow, Pending> = LruHashMap::with_max_entries(DEFAULT_PENDING, 0);
+
+/// Listening sockets of workers.
+#[map]
+static SOCKETS: SockMap = SockMap::with_max_entries(MAX_SOCKETS, 0);
+
+/// Hosts of policies.
+#[map]
+static HOSTS: HashMap<Host, u32> = HashMap::with_max_entries(MAX_HOSTS, 1 /* BPF_F_NO_PREALLOC */);
+
+/// Requests that a worker turned away, and until when (nanoseconds) they go to the proxy.
+#[map]
+static MARKS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(MAX_MARKS, 0);
+
+#[map]
+static EVENTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(event::SLOTS, 0);
+
+#[map]
+static FAIL_OPENS: PerCpuArray<u64> = PerCpuArray::with_max_entries(fail_open::SLOTS, 0);
+
+/// A row for each served port, [`kind::SLOTS`] columns.
+#[map]
+static PORT_COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PORTS * kind::SLOTS, 0);
+
+/// The period (nanoseconds shifted by [`BUDGET_SHIFT`]) and the cookies checked in it.
+#[map]
+static BUDGET: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(1, 0);
+
+/// What is too large for the stack of 512 bytes, and the state of loops: the verifier knows nothing of what lies in a
+/// map, so it need not follow each turn of a loop.
+pub(crate) struct Scratch {
+    pub(crate) old: HeaderWords,
+    pub(crate) new: HeaderWords,
+    pub(crate) options: OptionBytes,
+    pub(crate) walk: Walk,
+    pub(crate) scan: Scan,
+    pub(crate) host: HostWalk,
+    pub(crate) head: Buffer,
 }
 
-/// Counts one packet in a slot of [`uncounted`].
+/// The loop over the bytes of a host, from its end.
+pub(crate) struct HostWalk {
+    pub(crate) hash: HostHash,
+    /// Where the host ends in the head.
+    pub(crate) end: u32,
+    /// How long it is.
+    pub(crate) length: u32,
+    pub(crate) listener: u32,
+    /// 1: some policy has it.
+    pub(crate) known: u32,
+}
+
+/// Calls `step` with 0, 1, … and the scratch until it returns other than 0, at most `times` times (`bpf_loop`, since
+/// 5.17).
 #[inline(always)]
-pub(crate) fn skip(slot: u32) {
-    if let Some(count) = UNCOUNTED.get_ptr_mut(slot) {
-        // SAFETY: as in `count`.
-        unsafe { *count += 1 }
+pub(crate) fn repeat(
+    times: u32,
+    step: unsafe extern "C" fn(u32, *mut *mut Scratch) -> i64,
+    scratch: &mut Scratch,
+) {
+    let mut scratch = core::ptr::from_mut(scratch);
+    // SAFETY: the helper calls `step` with the pointer to `scratch`, which is on this stack as the helper wants.
+    unsafe {
+        bpf_loop(times, step as *mut c_void, (&raw mut scratch).cast(), 0);
+    }
+}
+
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// Nanoseconds since the machine was started.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// Whether the port (network order) is served.
+#[inline(always)]
+pub(crate) fn is_served(port: u16) -> bool {
+    let port = u32::from(u16::from_be(port));
+    PORTS.get(port >> 6).is_some_and(|bits| bits >> (port & 63) & 1 != 0)
+}
+
+#[inline(always)]
+pub(crate) fn config() -> Option<&'static Config> {
+    CONFIG.get(0)
+}
+
+/// Whether the daemon was well a moment ago.
+#[inline(always)]
+pub(crate) fn is_alive(now: u64) -> bool {
+    HEARTBEAT.get(0).is_some_and(|at| now.saturating_sub(*at) < HEARTBEAT_STALE)
+}
+
+/// Whether a deferred connection may go on waiting for its first data.
+#[inline(always)]
+pub(crate) fn may_wait(config: &Config, flow: &Flow, now: u64) -> bool {
+    config.state == state::DEFER && is_alive(now) && service(flow).is_some_and(|service| service.engaged != 0)
+}
+
+/// The secret `which` (0 or 1).
+#[inline(always)]
+pub(crate) fn key(which: u32) -> Key {
+    KEYS.get(which & 1).copied().unwrap_or_default()
+}
+
+#[inline(always)]
+pub(crate) fn service(flow: &Flow) -> Option<&'static Service> {
+    let endpoint = Endpoint { address: flow.server, port: flow.server_port, zero: 0 };
+    // SAFETY: entries are replaced seldom; what is read of one that is being replaced is of either.
+    unsafe { SERVED.get(endpoint) }
+}
+
+#[inline(always)]
+pub(crate) fn interface(index: u32) -> Option<&'static Interface> {
+    // SAFETY: as in `service`.
+    unsafe { INTERFACES.get(index) }
+}
+
+/// Whether some policy of the listener has this host.
+#[inline(always)]
+pub(crate) fn has_host(listener: u32, kind: u32, hash: u64) -> bool {
+    HOSTS.get_ptr(Host { hash, listener, kind }).is_some()
+}
+
+/// Whether such a request was turned away by a worker of late.
+#[inline(always)]
+pub(crate) fn is_marked(mark: u64, now: u64) -> bool {
+    // SAFETY: one aligned word.
+    unsafe { MARKS.get(mark) }.is_some_and(|until| *until > now)
+}
+
+/// A worker's listening socket, which must be released; null: it is gone.
+#[inline(always)]
+pub(crate) fn worker(slot: u32) -> *mut bpf_sock {
+    // SAFETY: the helper of all maps; of this kind it returns a socket.
+    unsafe { bpf_map_lookup_elem((&raw const SOCKETS).cast_mut().cast(), (&raw const slot).cast()).cast() }
+}
+
+/// Takes one cookie from this CPU's budget; false: it is used up.
+#[inline(always)]
+pub(crate) fn take_cookie(config: &Config, now: u64) -> bool {
+    let Some(budget) = BUDGET.get_ptr_mut(0) else { return false };
+    // SAFETY: this CPU's own, and TC runs on a CPU one packet at a time.
+    let budget = unsafe { &mut *budget };
+    let period = now >> BUDGET_SHIFT;
+    if budget[0] != period {
+        *budget = [period, 0];
+    }
+    budget[1] += 1;
+    budget[1] <= u64::from(config.cookie_budget)
+}
+
+#[inline(always)]
+pub(crate) fn scratch() -> Option<&'static mut Scratch> {
+    // SAFETY: as in `take_cookie`; each caller takes it once.
+    SCRATCH.get_ptr_mut(0).map(|scratch| unsafe { &mut *scratch })
+}
+
+/// Counts one of [`event`], and returns how many there are on this CPU.
+#[inline(always)]
+pub(crate) fn count(slot: u32) -> u64 {
+    add(&EVENTS, slot, 1)
+}
+
+/// Adds to one of [`event`].
+#[inline(always)]
+pub(crate) fn count_by(slot: u32, by: u64) {
+    add(&EVENTS, slot, by);
+}
+
+/// Counts one of [`fail_open`].
+#[inline(always)]
+pub(crate) fn count_fail_open(slot: u32) {
+    add(&FAIL_OPENS, slot, 1);
+}
+
+/// Counts one of [`kind`] for a port.
+#[inline(always)]
+pub(crate) fn count_port(row: u32, column: u32) {
+    add(&PORT_COUNTS, row * kind::SLOTS + column, 1);
+}
+
+#[inline(always)]
+fn add(map: &PerCpuArray<u64>, slot: u32, by: u64) -> u64 {
+    let Some(count) = map.get_ptr_mut(slot) else { return 0 };
+    // SAFETY: as in `take_cookie`.
+    let count = unsafe { &mut *count };
+    *count += by;
+    *count
+}
+
+/// What the last sweep found, by the slots of [`swept`].
+#[map]
+static SWEPT: Array<u32> = Array::with_max_entries(swept::SLOTS, 0);
+
+/// Leaves what a sweep found for the daemon.
+#[inline(always)]
+pub(crate) fn note_sweep(counts: &[u32; swept::SLOTS as usize]) {
+    let mut slot = 0;
+    while slot < swept::SLOTS {
+        // An array has all of its slots.
+        let _ = SWEPT.set(slot, counts[slot as usize], 0);
+        slot += 1;
     }
 }

@@ -1,0 +1,229 @@
+//! The eBPF object that the build embedded, fitted to the running kernel.
+//!
+//! aya resolves neither kernel functions nor fields of kernel structures for programs written in Rust, so this puts
+//! them in before the object is loaded: ids of functions, offsets of fields, both from the kernel's own BTF. What is to
+//! be put where is marked by magic numbers, which `ebpf/src/kernel.rs` emits.
+#![forbid(unsafe_code)]
+
+use std::{borrow::Cow, path::Path};
+
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    programs::{ProgramError, SchedClassifier},
+};
+use object::{Object as _, ObjectSection as _, SectionKind};
+
+use super::Error;
+
+/// The object that `build.rs` made from the crate `ebpf/`.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/preflightd-ebpf"));
+
+/// The kernel's own types.
+pub(super) const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// The function without which nothing can be steered (since 6.9).
+pub(super) const ASSIGN: &str = "bpf_sk_assign_tcp_reqsk";
+const ASSIGN_MAGIC: i32 = 0x4b46_0001;
+
+/// A field of a kernel structure.
+struct Field {
+    magic: i16,
+    of: &'static str,
+    name: &'static str,
+    /// What a kernel without the field is taken to say.
+    otherwise: i32,
+}
+
+const FIELDS: &[Field] = &[
+    Field { magic: 0x7a01, of: "sock", name: "sk_ack_backlog", otherwise: 0 },
+    Field { magic: 0x7a02, of: "sock", name: "sk_max_ack_backlog", otherwise: i32::MAX },
+    Field { magic: 0x7a03, of: "tcp_sock", name: "is_mptcp", otherwise: 0 },
+    // Without these no TIME_WAIT is taken for one that gives way: see `Fitted::time_wait`.
+    Field { magic: 0x7a04, of: "inet_timewait_sock", name: "tw_substate", otherwise: 0 },
+    Field { magic: 0x7a05, of: "sock_common", name: "skc_tw_rcv_nxt", otherwise: 0 },
+    Field { magic: 0x7a06, of: "tcp_timewait_sock", name: "tw_ts_recent", otherwise: 0 },
+];
+
+/// Opcodes of the instruction set (Documentation/bpf/standardization/instruction-set.rst).
+const CALL: u8 = 0x85;
+const PSEUDO_KFUNC_CALL: u8 = 2;
+const LOADS: [u8; 3] = [0x61, 0x71, 0x79];
+const MOVE: u8 = 0xb7;
+
+/// The loaded object, and what the kernel has for it.
+pub(super) struct Fitted {
+    pub(super) ebpf: Ebpf,
+    /// Why the program that steers cannot run here.
+    pub(super) cannot_steer: Option<Error>,
+    /// TIME_WAIT sockets can be read.
+    pub(super) time_wait: bool,
+}
+
+/// Loads the maps, and finds out what the kernel can run. `pins`: a directory of bpffs where maps are pinned, or found
+/// if they are there already. `pending`: entries of the map of connections that wait.
+pub(super) fn load(pins: Option<&Path>, pending: u32) -> Result<Fitted, Error> {
+    let mut elf = OBJECT.to_vec();
+    let fit = Fit::of_this_kernel();
+    let time_wait = fit.as_ref().is_ok_and(|fit| fit.fields[3..].iter().all(Option::is_some));
+    let cannot_steer = match fit.and_then(|fit| fit.apply(&mut elf)) {
+        Ok(()) => None,
+        Err(error) => Some(error),
+    };
+    let mut loader = EbpfLoader::new();
+    // aya asks for it only to relocate types, which the object does not need; and not every kernel has it.
+    let btf = Btf::from_sys_fs().ok();
+    loader.btf(btf.as_ref()).map_max_entries("PENDING", pending);
+    if let Some(pins) = pins {
+        for name in PINNED {
+            loader.map_pin_path(*name, Cow::Owned(pins.join(name)));
+        }
+    }
+    let ebpf = loader.load(&elf).map_err(Error::new("load the eBPF maps", super::PRIVILEGES))?;
+    Ok(Fitted { ebpf, cannot_steer, time_wait })
+}
+
+/// The maps that outlive a daemon: all but this CPU's scratch.
+pub(super) const PINNED: &[&str] = &[
+    "PORTS",
+    "CONFIG",
+    "HEARTBEAT",
+    "KEYS",
+    "SERVED",
+    "INTERFACES",
+    "PENDING",
+    "SOCKETS",
+    "HOSTS",
+    "MARKS",
+    "EVENTS",
+    "FAIL_OPENS",
+    "PORT_COUNTS",
+    "SWEPT",
+];
+
+/// A program of the object.
+pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {
+    let program = ebpf.program_mut(name).expect("the object has this program");
+    program.try_into().expect("it is a classifier")
+}
+
+/// Has the kernel check and take a program of the object.
+pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), Error> {
+    match program(ebpf, name).load() {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(Error::new(format!("load the eBPF program `{name}`"), super::PRIVILEGES)(error)),
+    }
+}
+
+/// Where the running kernel has what the object asks for.
+struct Fit {
+    assign: u32,
+    fields: Vec<Option<u16>>,
+}
+
+impl Fit {
+    fn of_this_kernel() -> Result<Self, Error> {
+        let remedy =
+            "steering needs Linux 6.9 or later, built with BTF (CONFIG_DEBUG_INFO_BTF); observe instead";
+        let types =
+            btf_rs::Btf::from_file(BTF).map_err(Error::new(format!("read the types of {BTF}"), remedy))?;
+        let named = types.resolve_ids_by_name(ASSIGN).unwrap_or_default();
+        let is_function = |id: &u32| matches!(types.resolve_type_by_id(*id), Ok(btf_rs::Type::Func(_)));
+        let Some(assign) = named.into_iter().find(is_function) else {
+            return Err(Error::new(format!("find the kernel function {ASSIGN}"), remedy)("there is none"));
+        };
+        let fields = FIELDS.iter().map(|field| offset(&types, field)).collect();
+        Ok(Self { assign, fields })
+    }
+
+    /// Puts it all in.
+    fn apply(&self, elf: &mut [u8]) -> Result<(), Error> {
+        let odd = |what: &str| {
+            Error::new("fit the eBPF object to this kernel", "build the daemon anew")(what.to_owned())
+        };
+        let ranges: Vec<_> = {
+            let object = object::File::parse(&*elf).map_err(|error| odd(&error.to_string()))?;
+            let code = object.sections().filter(|section| section.kind() == SectionKind::Text);
+            code.filter_map(|section| section.file_range()).collect()
+        };
+        for (start, length) in ranges {
+            let (start, length) = (start as usize, length as usize);
+            for instruction in elf[start..start + length].as_chunks_mut::<8>().0 {
+                let [code, registers, low, high, ..] = *instruction;
+                let offset = i16::from_le_bytes([low, high]);
+                if code == CALL && registers >> 4 == PSEUDO_KFUNC_CALL {
+                    let immediate = i32::from_le_bytes(*instruction.last_chunk().expect("eight bytes"));
+                    if immediate != ASSIGN_MAGIC {
+                        return Err(odd("it calls a kernel function that is not known"));
+                    }
+                    instruction[4..].copy_from_slice(&self.assign.to_le_bytes());
+                } else if LOADS.contains(&code)
+                    && let Some(index) = FIELDS.iter().position(|field| field.magic == offset)
+                {
+                    match self.fields[index] {
+                        Some(offset) => instruction[2..4].copy_from_slice(&offset.to_le_bytes()),
+                        None => {
+                            *instruction = [MOVE, registers & 0x0f, 0, 0, 0, 0, 0, 0];
+                            instruction[4..].copy_from_slice(&FIELDS[index].otherwise.to_le_bytes());
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The offset of a whole field in bytes.
+fn offset(types: &btf_rs::Btf, field: &Field) -> Option<u16> {
+    let found = types.resolve_types_by_name(field.of).ok()?;
+    let of = found.into_iter().find_map(|found| match found {
+        btf_rs::Type::Struct(found) => Some(found),
+        _ => None,
+    })?;
+    let bits = bit_offset(types, &of.members, field.name)?;
+    // Offsets in instructions are signed, and the magic ones are taken.
+    u16::try_from(bits / 8).ok().filter(|offset| bits % 8 == 0 && *offset < 0x7a00)
+}
+
+/// The offset of a member that is no bit field, also within members without a name.
+fn bit_offset(types: &btf_rs::Btf, members: &[btf_rs::Member], name: &str) -> Option<u32> {
+    members.iter().find_map(|member| {
+        let found = types.resolve_name(member).ok()?;
+        if found == name {
+            return member.bitfield_size().is_none_or(|size| size == 0).then(|| member.bit_offset());
+        }
+        if !found.is_empty() {
+            return None;
+        }
+        match types.resolve_chained_type(member).ok()? {
+            btf_rs::Type::Struct(inner) | btf_rs::Type::Union(inner) => {
+                Some(member.bit_offset() + bit_offset(types, &inner.members, name)?)
+            }
+            _ => None,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_object_loads() {
+        if !rustix::process::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "CI must run this test as root");
+            eprintln!("skipped: loading an eBPF program needs root");
+            return;
+        }
+        let mut fitted = load(None, 1024).expect("the maps load");
+        if let Some(error) = &fitted.cannot_steer {
+            panic!("{error}");
+        }
+        assert!(fitted.time_wait);
+        for name in ["observe", "empty", "sweep_pending", "steer"] {
+            load_program(&mut fitted.ebpf, name).unwrap_or_else(|error| panic!("{error}"));
+            let info = program(&mut fitted.ebpf, name).info().expect("the kernel tells");
+            eprintln!("{name}: {:?} instructions verified", info.verified_instruction_count());
+        }
+    }
+}

@@ -1,0 +1,420 @@
+//! The deferred handshake: what is said to a client until its first data decides.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, bpf_fib_lookup},
+    helpers::{
+        bpf_clone_redirect, bpf_csum_diff, bpf_fib_lookup as fib_lookup, bpf_l4_csum_replace, bpf_redirect,
+        bpf_skb_change_tail, bpf_skb_store_bytes,
+    },
+};
+use preflightd_common::{
+    abi::{
+        Config, Interface, Pending, Service, TICK_SHIFT, config_flags, event, fail_open, kind, options,
+        stage, state,
+    },
+    cookie,
+    tcp::{self, DEFAULT_MSS, Options, Reply, flags},
+};
+
+use crate::{
+    NEXT, maps,
+    packet::{self, Packet},
+    sockets::{self, Listener, Meets},
+};
+
+/// The least MSS with which the kernel makes connections from a cookie (`bpf_sk_assign_tcp_reqsk`).
+const LEAST_MSS: [u16; 2] = [1220, 536];
+/// `PACKET_HOST`: the frame is addressed to this machine.
+const PACKET_HOST: u32 = 0;
+const SHOT: i32 = TC_ACT_SHOT as i32;
+
+/// Leaves a new connection to the kernel.
+#[inline(always)]
+fn leave(reason: u32) -> i32 {
+    maps::count_fail_open(reason);
+    NEXT
+}
+
+/// A SYN that this program could not have deferred, whatever the port.
+#[inline(always)]
+pub(crate) fn odd_syn() -> i32 {
+    if maps::config().is_some_and(|config| config.state == state::DEFER) {
+        maps::count_fail_open(fail_open::IpOptions);
+    }
+    NEXT
+}
+
+/// A SYN to a served port.
+#[inline(always)]
+pub(crate) fn syn(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
+    let (Some(config), Some(service)) = (maps::config(), maps::service(&packet.flow)) else { return NEXT };
+    if config.state == state::OFF {
+        return NEXT;
+    }
+    maps::count(event::Syn);
+    maps::count_port(service.row, kind::Syn);
+    let now = maps::now();
+    if !deferring || config.state == state::OBSERVE {
+        observe(packet, service, now);
+        return NEXT;
+    }
+    defer(skb, packet, config, service, now)
+}
+
+/// Remembers a connection that the kernel makes, to count what it opens with.
+#[inline(always)]
+fn observe(packet: &Packet, service: &Service, now: u64) {
+    let pending = Pending {
+        client_isn: packet.seq,
+        touched: (now >> TICK_SHIFT) as u32,
+        stage: stage::OBSERVED,
+        row: service.row as u16,
+        ..Pending::default()
+    };
+    if maps::PENDING.insert(packet.flow, pending, 0).is_ok() {
+        maps::count(event::Inserted);
+    }
+}
+
+/// Answers the SYN, or says why not.
+#[inline(always)]
+fn defer(skb: *mut __sk_buff, packet: &Packet, config: &Config, service: &Service, now: u64) -> i32 {
+    if !maps::is_alive(now) {
+        return leave(fail_open::Heartbeat);
+    }
+    if service.engaged == 0 {
+        return leave(fail_open::Disengaged);
+    }
+    // SAFETY: the context.
+    let (index, addressed) = unsafe { ((*skb).ifindex, (*skb).pkt_type) };
+    if addressed != PACKET_HOST {
+        return NEXT;
+    }
+    if config.flags & config_flags::PRESSURE != 0 {
+        return leave(fail_open::Pressure);
+    }
+    if config.percent < 100 && share(packet) >= config.percent {
+        return leave(fail_open::Percent);
+    }
+    let allowed = flags::SYN | flags::ECE | flags::CWR;
+    if packet.flags & !allowed != 0 || packet.data != 0 {
+        return leave(fail_open::OddSyn);
+    }
+    if packet.accurate_ecn && config.flags & config_flags::ACCURATE_ECN != 0 {
+        return leave(fail_open::OddSyn);
+    }
+    let Some(interface) = maps::interface(index) else { return leave(fail_open::Interface) };
+    let Some(asked) = packet.options(skb) else { return leave(fail_open::OddSyn) };
+    if asked.odd != 0 {
+        return leave(fail_open::OddSyn);
+    }
+    let mss = if asked.mss == 0 { DEFAULT_MSS } else { asked.mss };
+    if mss < LEAST_MSS[usize::from(packet.v4)] {
+        return leave(fail_open::Mss);
+    }
+    let reuse = match sockets::meets(skb, packet, Some(&asked)) {
+        Meets::Listener(Listener::Ready) => false,
+        Meets::Listener(Listener::Full) => return leave(fail_open::AcceptQueue),
+        Meets::Listener(Listener::Mptcp) => return leave(fail_open::Mptcp),
+        Meets::Nothing => return leave(fail_open::NoListener),
+        Meets::TimeWait(true) if config.flags & config_flags::TIME_WAIT != 0 => true,
+        Meets::TimeWait(_) => return leave(fail_open::TimeWait),
+        Meets::Established | Meets::Other => return leave(fail_open::Existing),
+    };
+    if !leaves_by(skb, packet, interface, index) {
+        return leave(fail_open::Route);
+    }
+    answer_syn(skb, packet, config, service, interface, &Asked { options: asked, mss, reuse }, now)
+}
+
+/// What a SYN asks for.
+struct Asked {
+    options: Options,
+    mss: u16,
+    /// A TIME_WAIT has to give way.
+    reuse: bool,
+}
+
+#[inline(always)]
+fn answer_syn(
+    skb: *mut __sk_buff,
+    packet: &Packet,
+    config: &Config,
+    service: &Service,
+    interface: &Interface,
+    asked: &Asked,
+    now: u64,
+) -> i32 {
+    let agreed = agree(packet, config, &asked.options);
+    let key = maps::key(config.key);
+    let (scale, mss) = (asked.options.scale, asked.mss);
+    let (fresh, clock_offset) = cookie::make(key, &packet.flow, packet.seq, now, mss, scale, agreed);
+    let tick = (now >> TICK_SHIFT) as u32;
+    // A SYN that was sent again must get the number that an earlier answer may have told already.
+    let earlier = match maps::PENDING.get_ptr(packet.flow) {
+        // SAFETY: an entry that another CPU replaces meanwhile is of another connection attempt.
+        Some(pending) => unsafe {
+            if (*pending).stage == stage::DEFERRED && (*pending).client_isn == packet.seq {
+                Some((*pending).server_isn)
+            } else {
+                None
+            }
+        },
+        None => None,
+    };
+    let server_isn = earlier.unwrap_or(fresh);
+    let pending = Pending {
+        client_isn: packet.seq,
+        server_isn,
+        touched: tick,
+        mss,
+        client_scale: scale,
+        server_scale: config.window_scale as u8,
+        options: agreed,
+        stage: stage::DEFERRED,
+        row: service.row as u16,
+    };
+    if maps::PENDING.insert(packet.flow, pending, 0).is_err() {
+        return leave(fail_open::Insert);
+    }
+    if earlier.is_none() {
+        maps::count(event::Inserted);
+    } else {
+        maps::count(event::SynAgain);
+    }
+    if asked.reuse && !end_time_wait(skb, packet) {
+        forget(packet);
+        return leave(fail_open::TimeWait);
+    }
+    let ecn = if agreed & options::ECN == 0 { 0 } else { flags::ECE };
+    let reply = Reply {
+        seq: server_isn,
+        ack: packet.seq.wrapping_add(1),
+        flags: flags::SYN | flags::ACK | ecn,
+        window: config.window as u16,
+        mss: if packet.v4 { interface.mss_v4 } else { interface.mss_v6 },
+        scale: config.window_scale as u8,
+        options: agreed,
+        ts_value: tick.wrapping_add(clock_offset),
+        ts_echo: asked.options.ts_value,
+    };
+    match send(skb, packet, &reply) {
+        Sent::Yes(verdict) => {
+            maps::count(event::SynAck);
+            if asked.reuse {
+                maps::count(event::TimeWaitReused);
+            }
+            verdict
+        }
+        Sent::Untouched => {
+            forget(packet);
+            leave(fail_open::Reply)
+        }
+        // The client sends its SYN again.
+        Sent::Broken => SHOT,
+    }
+}
+
+/// Forgets a connection.
+#[inline(always)]
+pub(crate) fn forget(packet: &Packet) {
+    if maps::PENDING.remove(packet.flow).is_ok() {
+        maps::count(event::Removed);
+    }
+}
+
+/// Options that both sides want, as [`options`].
+#[inline(always)]
+fn agree(packet: &Packet, config: &Config, asked: &Options) -> u8 {
+    let mut agreed = 0;
+    if config.flags & config_flags::TIMESTAMPS != 0 {
+        agreed |= asked.present & options::TIMESTAMPS;
+    }
+    if config.flags & config_flags::SACK != 0 {
+        agreed |= asked.present & options::SACK;
+    }
+    if config.flags & config_flags::WINDOW_SCALING != 0 {
+        agreed |= asked.present & options::WINDOW_SCALE;
+    }
+    // RFC 3168 §6.1.1; `tcp_ecn_create_request`.
+    let asks = flags::ECE | flags::CWR;
+    if config.flags & config_flags::ECN != 0 && packet.flags & asks == asks && packet.ecn == 0 {
+        agreed |= options::ECN;
+    }
+    agreed
+}
+
+/// A number below 100 for a connection; the same for each of its SYNs.
+#[inline(always)]
+fn share(packet: &Packet) -> u32 {
+    let flow = &packet.flow;
+    let seed = flow.client[3] ^ u32::from(flow.client_port) << 16 ^ u32::from(flow.client_port) ^ packet.seq;
+    (seed.wrapping_mul(0x9e37_79b1) >> 8) % 100
+}
+
+/// Whether the route to the client leaves by the interface that its packet came in by.
+#[inline(always)]
+fn leaves_by(skb: *mut __sk_buff, packet: &Packet, interface: &Interface, index: u32) -> bool {
+    const AF_INET: u8 = 2;
+    const AF_INET6: u8 = 10;
+    const LOOPBACK: u32 = 1;
+    const SKIP_NEIGHBOUR: u32 = 4;
+    const SUCCESS: i64 = 0;
+    let symmetric = if packet.v4 { interface.symmetric_v4 } else { interface.symmetric_v6 };
+    if symmetric != 0 {
+        return true;
+    }
+    let flow = &packet.flow;
+    // SAFETY: a plain structure of integers and arrays of them.
+    let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    query.l4_protocol = 6;
+    query.sport = flow.server_port;
+    query.dport = flow.client_port;
+    // As the kernel asks for packets of its own: from loopback. It says no where that does not forward.
+    query.ifindex = LOOPBACK;
+    if packet.v4 {
+        query.family = AF_INET;
+        query.__bindgen_anon_3.ipv4_src = flow.server[3];
+        query.__bindgen_anon_4.ipv4_dst = flow.client[3];
+    } else {
+        query.family = AF_INET6;
+        query.__bindgen_anon_3.ipv6_src = flow.server;
+        query.__bindgen_anon_4.ipv6_dst = flow.client;
+    }
+    let size = size_of::<bpf_fib_lookup>() as i32;
+    // SAFETY: the structure, and its size.
+    let found = unsafe { fib_lookup(skb.cast(), &raw mut query, size, SKIP_NEIGHBOUR) };
+    found == SUCCESS && query.ifindex == index
+}
+
+/// Has the kernel end a TIME_WAIT, which it does for a SYN like this one before it looks for a listener: it gets a copy
+/// that also has FIN, and a listener drops a SYN with FIN without a word (`tcp_rcv_state_process`, case TCP_LISTEN).
+#[inline(always)]
+fn end_time_wait(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    // SAFETY: the context.
+    let index = unsafe { (*skb).ifindex };
+    let mut before = [0_u8; 2];
+    if !packet::load(skb, packet.tcp + 12, &mut before) {
+        return false;
+    }
+    let with_fin = [before[0], before[1] | flags::FIN];
+    if !replace(skb, packet, before, with_fin) {
+        return false;
+    }
+    // SAFETY: a clone of the packet, to the ingress of its own interface: it comes here again, and passes.
+    let sent = unsafe { bpf_clone_redirect(skb, index, u64::from(BPF_F_INGRESS)) } == 0;
+    replace(skb, packet, with_fin, before) && sent
+}
+
+/// Replaces data offset and flags, and what the checksum says of them.
+#[inline(always)]
+fn replace(skb: *mut __sk_buff, packet: &Packet, from: [u8; 2], to: [u8; 2]) -> bool {
+    let (old, new) = (u64::from(u16::from_ne_bytes(from)), u64::from(u16::from_ne_bytes(to)));
+    // SAFETY: helpers that check their bounds.
+    unsafe {
+        bpf_skb_store_bytes(skb, packet.tcp + 12, to.as_ptr().cast(), 2, 0) == 0
+            && bpf_l4_csum_replace(skb, packet.tcp + 16, old, new, 2) == 0
+    }
+}
+
+/// Answers a TCP keepalive (RFC 9293 §3.8.4) of a client that has not sent data yet.
+#[inline(always)]
+pub(crate) fn keepalive(skb: *mut __sk_buff, packet: &Packet, pending: &Pending, window: u32) -> i32 {
+    let Some(probe) = packet.options(skb) else { return SHOT };
+    let reply = Reply {
+        seq: pending.server_isn.wrapping_add(1),
+        ack: pending.client_isn.wrapping_add(1),
+        flags: flags::ACK,
+        window: (window >> (pending.server_scale & 15)) as u16,
+        options: pending.options & probe.present & options::TIMESTAMPS,
+        // Our clock stands until the kernel takes over, which goes on from what the client last echoed.
+        ts_value: probe.ts_echo,
+        ts_echo: probe.ts_value,
+        ..Reply::default()
+    };
+    match send(skb, packet, &reply) {
+        Sent::Yes(verdict) => {
+            maps::count(event::Keepalive);
+            verdict
+        }
+        Sent::Untouched | Sent::Broken => SHOT,
+    }
+}
+
+enum Sent {
+    /// With this verdict.
+    Yes(i32),
+    /// No: the packet is as it was.
+    Untouched,
+    /// No: the packet is spoilt.
+    Broken,
+}
+
+/// Turns the packet round: the reply takes its place, and leaves by the interface that it came in by.
+///
+/// The checksum is changed by what changes, by helpers that know whether the packet has a whole one or only that of the
+/// pseudo-header (`CHECKSUM_PARTIAL`, as on veth and virtio).
+#[inline(always)]
+fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> Sent {
+    let Some(scratch) = maps::scratch() else { return Sent::Untouched };
+    // The old header with a keepalive's byte of data, if any. Sums do not mind the zeros behind.
+    scratch.old = [0; 16];
+    let old_length = packet.header + packet.data;
+    let bounded = old_length & 63;
+    if bounded != old_length || bounded < 20 || !packet::load_part(skb, packet.tcp, &mut scratch.old, bounded)
+    {
+        return Sent::Untouched;
+    }
+    let [high, low, ..] = scratch.old[4].to_ne_bytes();
+    let checksum = u16::from_ne_bytes([high, low]);
+    let urgent = scratch.old[4].to_ne_bytes();
+    scratch.old[4] = u32::from_ne_bytes([0, 0, urgent[2], urgent[3]]);
+    let new_length = reply.write(&packet.flow, 0, &mut scratch.new);
+    // SAFETY: 64 bytes each.
+    let difference =
+        unsafe { bpf_csum_diff((&raw mut scratch.old).cast(), 64, (&raw mut scratch.new).cast(), 64, 0) };
+    if difference < 0 {
+        return Sent::Untouched;
+    }
+    let [high, low] = checksum.to_ne_bytes();
+    scratch.new[4] = u32::from_ne_bytes([high, low, 0, 0]);
+
+    let mut addresses = [0_u8; 12];
+    if !packet::load(skb, 0, &mut addresses) {
+        return Sent::Untouched;
+    }
+    let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = addresses;
+    let swapped = [s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5];
+
+    let length = packet.tcp + new_length;
+    // SAFETY: the context, and helpers that check their bounds.
+    unsafe {
+        if (*skb).len != length && bpf_skb_change_tail(skb, length, 0) != 0 {
+            return Sent::Untouched;
+        }
+        let mut written = bpf_skb_store_bytes(skb, 0, swapped.as_ptr().cast(), 12, 0);
+        if packet.v4 {
+            let header = tcp::ipv4_header(&packet.flow, (20 + new_length) as u16);
+            written |= bpf_skb_store_bytes(skb, 14, header.as_ptr().cast(), 20, 0);
+        } else {
+            let header = tcp::ipv6_header(&packet.flow, new_length as u16);
+            written |= bpf_skb_store_bytes(skb, 14, header.as_ptr().cast(), 40, 0);
+        }
+        let bounded = new_length & 63;
+        if bounded < 20 {
+            return Sent::Broken;
+        }
+        written |= bpf_skb_store_bytes(skb, packet.tcp, (&raw const scratch.new).cast(), bounded, 0);
+        let at = packet.tcp + 16;
+        written |= bpf_l4_csum_replace(skb, at, 0, difference as u64, 0);
+        if old_length != new_length {
+            let old = u64::from((old_length as u16).to_be());
+            let new = u64::from((new_length as u16).to_be());
+            written |= bpf_l4_csum_replace(skb, at, old, new, u64::from(BPF_F_PSEUDO_HDR) | 2);
+        }
+        if written != 0 {
+            return Sent::Broken;
+        }
+        Sent::Yes(bpf_redirect((*skb).ifindex, 0) as i32)
+    }
+}

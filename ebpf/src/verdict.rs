@@ -1,0 +1,392 @@
+//! Segments of connections that were deferred or are observed: what a connection opens with, and whose it is.
+
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
+use preflightd_common::{
+    abi::{Config, Pending, TICK_SHIFT, config_flags, event, host_kind, kind, options, stage, state},
+    cookie,
+    preflight::{self, HostHash, LOOKED_AT, Scan, mark},
+    tcp::{Options, flags},
+};
+
+use crate::{
+    NEXT, handshake,
+    maps::{self, HostWalk, Scratch},
+    packet::{self, Packet},
+    sockets::{self, Given, Meets},
+};
+
+const SHOT: i32 = TC_ACT_SHOT as i32;
+/// The kernel has looked at a segment so many ticks after this program has at the latest.
+const SETTLED: u32 = 2;
+const ENOMEM: i32 = -12;
+
+/// A segment without SYN to a served port. `deferring`: this is the program that defers.
+#[inline(always)]
+pub(crate) fn segment(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
+    let Some(pending) = maps::PENDING.get_ptr_mut(packet.flow) else {
+        return without_entry(skb, packet, deferring);
+    };
+    // SAFETY: packets of one connection come one after the other but for odd cases, in which one of them wins.
+    let pending = unsafe { &mut *pending };
+    match pending.stage {
+        stage::OBSERVED => observed(skb, packet, pending),
+        _ if !deferring => NEXT,
+        stage::DEFERRED | stage::ACKNOWLEDGED => waiting(skb, packet, pending),
+        _ => given(skb, packet, pending),
+    }
+}
+
+/// Bytes from the first one that the client may send.
+#[inline(always)]
+fn offset(packet: &Packet, pending: &Pending) -> u32 {
+    packet.seq.wrapping_sub(pending.client_isn).wrapping_sub(1)
+}
+
+/// A connection of the kernel's: counts what it opens with. Nothing is touched.
+#[inline(always)]
+fn observed(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
+    if packet.flags & flags::ACK == 0 || offset(packet, pending) != 0 {
+        return NEXT;
+    }
+    let row = u32::from(pending.row);
+    if packet.data == 0 {
+        if packet.flags & (flags::FIN | flags::RST) != 0 {
+            maps::count_port(row, kind::Silent);
+            handshake::forget(packet);
+        } else if pending.server_isn == 0 {
+            pending.server_isn = packet.ack;
+        } else if pending.server_isn != packet.ack {
+            // It has acknowledged data before it has sent any.
+            maps::count_port(row, kind::ServerFirst);
+            handshake::forget(packet);
+        }
+        return NEXT;
+    }
+    // Counts only what is surely a connection: anybody can send a SYN and data from anywhere.
+    if sockets::meets(skb, packet, None) == Meets::Established {
+        let spoken = pending.server_isn != 0 && pending.server_isn != packet.ack;
+        let opens = if spoken { kind::ServerFirst } else { classify(skb, packet).kind };
+        maps::count_port(row, opens);
+    }
+    handshake::forget(packet);
+    NEXT
+}
+
+/// Our SYN-ACK is out, and nobody has the connection yet.
+#[inline(always)]
+fn waiting(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
+    let offset = offset(packet, pending);
+    if packet.flags & flags::RST != 0 {
+        if offset == 0 {
+            maps::count(event::ClientReset);
+            maps::count_port(u32::from(pending.row), kind::Silent);
+            handshake::forget(packet);
+        }
+        return NEXT;
+    }
+    if packet.flags & flags::ACK == 0 || packet.flags & flags::SYN != 0 {
+        return SHOT;
+    }
+    if packet.ack != pending.server_isn.wrapping_add(1) {
+        maps::count(event::BadNumbers);
+        return NEXT;
+    }
+    let Some(config) = maps::config() else { return NEXT };
+    let now = maps::now();
+    pending.touched = (now >> TICK_SHIFT) as u32;
+    if offset == u32::MAX && packet.data <= 1 {
+        return handshake::keepalive(skb, packet, pending, config.window);
+    }
+    let speaks = packet.data != 0 || packet.flags & flags::FIN != 0;
+    if offset != 0 {
+        if speaks {
+            maps::count(event::OutOfOrder);
+        }
+        return SHOT;
+    }
+    if speaks {
+        return first(skb, packet, pending, config, now);
+    }
+    if maps::may_wait(config, &packet.flow, now) {
+        pending.stage = stage::ACKNOWLEDGED;
+        maps::count(event::Ack);
+        return SHOT;
+    }
+    // Nobody would look at its first data: the proxy gets it at once, as without us.
+    give_to_proxy(skb, packet, pending)
+}
+
+/// The first data, or the end without any.
+#[inline(always)]
+fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &Config, now: u64) -> i32 {
+    let row = u32::from(pending.row);
+    if packet.data == 0 {
+        maps::count_port(row, kind::Silent);
+        return give_to_proxy(skb, packet, pending);
+    }
+    let opens = classify(skb, packet);
+    maps::count_port(row, opens.kind);
+    if opens.kind == kind::Preflight && maps::may_wait(config, &packet.flow, now) {
+        if maps::is_marked(mark(opens.line, &packet.flow.client), now) {
+            maps::count(event::Marked);
+        } else if let Some(verdict) = give_to_worker(skb, packet, pending) {
+            return verdict;
+        }
+    }
+    give_to_proxy(skb, packet, pending)
+}
+
+/// A listener was chosen: has the kernel made the connection?
+#[inline(always)]
+fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
+    match sockets::meets(skb, packet, None) {
+        Meets::Listener(_) => {}
+        // It has, or there is nothing left of it.
+        _ => {
+            handshake::forget(packet);
+            return NEXT;
+        }
+    }
+    let offset = offset(packet, pending);
+    let right = packet.flags & (flags::ACK | flags::SYN | flags::RST) == flags::ACK
+        && packet.ack == pending.server_isn.wrapping_add(1);
+    if !right {
+        if packet.flags & flags::RST != 0 {
+            handshake::forget(packet);
+        }
+        return NEXT;
+    }
+    let speaks = packet.data != 0 || packet.flags & flags::FIN != 0;
+    if offset == 0 && speaks {
+        // Not yet: there was no room. The worker had its chance.
+        maps::count(event::GivenAgain);
+        return give_to_proxy(skb, packet, pending);
+    }
+    // A list of packets comes here before any of them goes on (`netif_receive_skb_list`): the connection is about to be
+    // made from the first one.
+    let since = ((maps::now() >> TICK_SHIFT) as u32).wrapping_sub(pending.touched);
+    if since <= SETTLED {
+        return NEXT;
+    }
+    maps::count(event::OutOfOrder);
+    SHOT
+}
+
+/// What an established connection pays: one look-up above. Behind it only what a full map, or observing, makes needful.
+#[inline(always)]
+fn without_entry(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
+    let Some(config) = maps::config() else { return NEXT };
+    if config.state == state::OBSERVE && packet.data >= 8 {
+        count_pooled(skb, packet);
+    }
+    let wanted = flags::ACK | flags::SYN | flags::RST;
+    if !deferring || config.flags & config_flags::PRESSURE == 0 || packet.flags & wanted != flags::ACK {
+        return NEXT;
+    }
+    evicted(skb, packet, config)
+}
+
+/// OPTIONS on a connection that began with something else.
+#[inline(always)]
+fn count_pooled(skb: *mut __sk_buff, packet: &Packet) {
+    let mut first = 0_u64;
+    if packet::load(skb, packet.data_at(), &mut first)
+        && first == u64::from_ne_bytes(*preflight::METHOD)
+        && let Some(service) = maps::service(&packet.flow)
+    {
+        maps::count_port(service.row, kind::Pooled);
+    }
+}
+
+/// Entries are being evicted: perhaps this connection's. If its cookie is good it gets its entry back.
+#[inline(always)]
+fn evicted(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> i32 {
+    if !matches!(sockets::meets(skb, packet, None), Meets::Listener(_)) {
+        return NEXT;
+    }
+    let now = maps::now();
+    if !maps::take_cookie(config, now) {
+        maps::count(event::CookieBudget);
+        return NEXT;
+    }
+    let (client_isn, server_isn) = (packet.seq.wrapping_sub(1), packet.ack.wrapping_sub(1));
+    let flow = &packet.flow;
+    let good = match cookie::check(maps::key(config.key), flow, client_isn, now, server_isn) {
+        Some(good) => Some(good),
+        None => cookie::check(maps::key(config.key ^ 1), flow, client_isn, now, server_isn),
+    };
+    let (Some(good), Some(service), Some(sent)) = (good, maps::service(flow), packet.options(skb)) else {
+        maps::count(event::CookieBad);
+        return NEXT;
+    };
+    maps::count(event::CookieGood);
+    let mut pending = Pending {
+        client_isn,
+        server_isn,
+        touched: (now >> TICK_SHIFT) as u32,
+        mss: good.mss,
+        client_scale: good.scale,
+        server_scale: config.window_scale as u8,
+        options: good.options | sent.present & options::TIMESTAMPS,
+        stage: stage::ACKNOWLEDGED,
+        row: service.row as u16,
+    };
+    if maps::PENDING.insert(packet.flow, pending, 0).is_ok() {
+        maps::count(event::Inserted);
+    }
+    // From now on it is the proxy's: there is no time to be choosy.
+    if packet.data == 0 && packet.flags & flags::FIN == 0 {
+        return SHOT;
+    }
+    give_to_proxy(skb, packet, &mut pending)
+}
+
+/// What a connection opens with.
+struct Opens {
+    /// A column of `PORT_COUNTS`.
+    kind: u32,
+    /// Hash of the request line, of a preflight.
+    line: u64,
+}
+
+#[inline(always)]
+fn classify(skb: *mut __sk_buff, packet: &Packet) -> Opens {
+    let other = Opens { kind: kind::Other, line: 0 };
+    let mut first = [0_u8; 8];
+    let length = if packet.data < 8 { packet.data & 7 } else { 8 };
+    if length == 0 || !packet::load_part(skb, packet.data_at(), &mut first, length) {
+        return other;
+    }
+    let kind = preflight::opening(u64::from_le_bytes(first), packet.data);
+    if kind != kind::Options {
+        return Opens { kind, ..other };
+    }
+    match answerable(skb, packet) {
+        Some(line) => Opens { kind: kind::Preflight, line },
+        None => Opens { kind: kind::Options, ..other },
+    }
+}
+
+unsafe extern "C" fn scan_step(_: u32, scratch: *mut *mut Scratch) -> i64 {
+    // SAFETY: `repeat` hands over what it was given.
+    let scratch = unsafe { &mut **scratch };
+    i64::from(!scratch.scan.step(&scratch.head))
+}
+
+/// Whether the head looks like a preflight that some policy may answer, and its request line's hash.
+#[inline(always)]
+fn answerable(skb: *mut __sk_buff, packet: &Packet) -> Option<u64> {
+    let service = maps::service(&packet.flow)?;
+    let scratch = maps::scratch()?;
+    let length = if packet.data > LOOKED_AT as u32 { LOOKED_AT as u32 } else { packet.data };
+    let bounded = length & 2047;
+    if bounded == 0 || !packet::load_part(skb, packet.data_at(), &mut scratch.head, bounded) {
+        return None;
+    }
+    scratch.scan = Scan::new(bounded);
+    maps::repeat(preflight::MAX_STEPS, scan_step, scratch);
+    // Only the origin-form (RFC 9112 §3.2.1).
+    if scratch.head[8] != b'/' || !scratch.scan.may_be_answered(packet.data) {
+        return None;
+    }
+    has_host(scratch, service.listener).then_some(scratch.scan.line)
+}
+
+unsafe extern "C" fn host_step(index: u32, scratch: *mut *mut Scratch) -> i64 {
+    // SAFETY: as in `scan_step`.
+    let Scratch { host, head, .. } = unsafe { &mut **scratch };
+    if index >= host.length {
+        return 1;
+    }
+    let byte = head[(host.end.wrapping_sub(index).wrapping_sub(1) & 2047) as usize];
+    host.hash.take(byte);
+    if byte == b'.' && maps::has_host(host.listener, host_kind::SUFFIX, host.hash.value) {
+        host.known = 1;
+        return 1;
+    }
+    0
+}
+
+/// Whether some policy of the listener has the host.
+#[inline(always)]
+fn has_host(scratch: &mut Scratch, listener: u32) -> bool {
+    const LONGEST: u32 = 255;
+    if maps::has_host(listener, host_kind::ANY, 0) {
+        return true;
+    }
+    let byte = |at: u32| scratch.head[(at & 2047) as usize];
+    let (mut start, mut end) = (scratch.scan.host, scratch.scan.host_end);
+    if byte(start) == b' ' {
+        start += 1;
+    }
+    if byte(end.wrapping_sub(1)) == b'\r' {
+        end -= 1;
+    }
+    if end <= start || end - start > LONGEST {
+        return false;
+    }
+    scratch.host = HostWalk { hash: HostHash::new(), end, length: end - start, listener, known: 0 };
+    maps::repeat(LONGEST, host_step, scratch);
+    let host = &scratch.host;
+    host.known != 0 || maps::has_host(listener, host_kind::EXACT, host.hash.value)
+}
+
+/// `None`: no worker can take it now.
+#[inline(always)]
+fn give_to_worker(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> Option<i32> {
+    let service = maps::service(&packet.flow)?;
+    if service.sockets == 0 {
+        return None;
+    }
+    let segment = packet.options(skb)?;
+    let port = u32::from(u16::from_be(packet.flow.client_port));
+    let spread = (port ^ packet.flow.client[3]).wrapping_mul(0x9e37_79b1) >> 16;
+    let worker = maps::worker(service.first_socket + spread % service.sockets);
+    match sockets::give_to_worker(skb, worker, &mut sockets::attributes(pending, &segment)) {
+        Given::Yes => {
+            pending.stage = stage::GIVEN_TO_WORKER;
+            maps::count_port(u32::from(pending.row), kind::Worker);
+            Some(NEXT)
+        }
+        Given::Gone => {
+            maps::count(event::WorkerGone);
+            None
+        }
+        Given::Full => {
+            maps::count(event::WorkerFull);
+            None
+        }
+        Given::Refused(_) => {
+            maps::count(event::AssignFailed);
+            None
+        }
+    }
+}
+
+#[inline(always)]
+fn give_to_proxy(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
+    let segment: Options = match packet.options(skb) {
+        Some(segment) => segment,
+        None => return SHOT,
+    };
+    match sockets::give_to_proxy(skb, packet, &mut sockets::attributes(pending, &segment)) {
+        Given::Yes => {
+            if pending.stage < stage::GIVEN {
+                maps::count_port(u32::from(pending.row), kind::Proxy);
+            }
+            pending.stage = stage::GIVEN;
+            NEXT
+        }
+        // Short of memory: the client sends it again.
+        Given::Refused(ENOMEM) => {
+            maps::count(event::AssignFailed);
+            SHOT
+        }
+        // It has stopped listening, or listens in another way: the client learns it by a reset.
+        Given::Refused(_) => {
+            maps::count(event::AssignFailed);
+            NEXT
+        }
+        Given::Gone | Given::Full => NEXT,
+    }
+}
