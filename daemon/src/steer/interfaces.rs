@@ -198,7 +198,8 @@ impl Exits {
     }
 }
 
-fn read() -> io::Result<Vec<Interface>> {
+/// [`list`] for the calling thread's namespace.
+pub(super) fn read() -> io::Result<Vec<Interface>> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;

@@ -2,6 +2,7 @@
 
 use std::{error, fmt};
 
+pub mod firewall;
 pub mod interfaces;
 pub mod netns;
 mod object;
