@@ -246,8 +246,8 @@ pub fn line_of(request: &[u8]) -> Option<u64> {
 pub struct HostHash {
     /// Of what was taken so far.
     pub value: u64,
-    /// 1: only digits so far, which a colon would make a port.
-    digits: u32,
+    /// 1: only digits so far, which a colon would make a port, and a dot an IPv4 address.
+    pub digits: u32,
     /// Bytes that count.
     pub len: u32,
 }
@@ -271,16 +271,22 @@ impl HostHash {
     #[inline(always)]
     pub fn take(&mut self, byte: u8) {
         if byte == b':' && self.digits == 1 {
-            *self = Self { digits: 0, ..Self::new() };
+            *self = Self::new();
             return;
         }
-        if !byte.is_ascii_digit() {
+        if !byte.is_ascii_digit() && byte != b'.' {
             self.digits = 0;
         }
         let lower = if byte.is_ascii_uppercase() { byte | 0x20 } else { byte };
         // FNV-1a.
         self.value = (self.value ^ u64::from(lower)).wrapping_mul(0x0100_0000_01b3);
         self.len += 1;
+    }
+
+    /// Whether what was taken ends as an IP address does: a last label of digits, or a bracket.
+    #[inline(always)]
+    pub fn ends_as_address(&self, last: u8) -> bool {
+        (self.digits == 1 && last == b'.') || (self.len == 1 && last == b']')
     }
 
     /// Of a host, or of a suffix.
@@ -473,5 +479,28 @@ mod tests {
             hash.take(*byte);
         }
         assert_eq!(hash.value, HostHash::of(b".example.com"));
+    }
+
+    #[test]
+    fn addresses_are_told_from_names() {
+        for (host, want) in [
+            (&b"10.0.0.1"[..], true),
+            (b"10.0.0.1:80", true),
+            (b"[::1]", true),
+            (b"[::1]:8080", true),
+            (b"api.example.com", false),
+            (b"api.example.com:80", false),
+            (b"api.1a", false),
+            (b"localhost", false),
+            (b"1", false),
+        ] {
+            let mut hash = HostHash::new();
+            let mut address = false;
+            for byte in host.iter().rev() {
+                hash.take(*byte);
+                address |= hash.ends_as_address(*byte);
+            }
+            assert_eq!(address, want, "{host:?}");
+        }
     }
 }

@@ -89,8 +89,10 @@ pub(crate) struct HostWalk {
     /// How long it is.
     pub(crate) length: u32,
     pub(crate) listener: u32,
-    /// 1: some policy has it.
+    /// 1: some policy has a suffix of it.
     pub(crate) known: u32,
+    /// 1: it is an IP address.
+    pub(crate) address: u32,
 }
 
 /// Calls `step` with 0, 1, … and the scratch until it returns other than 0, at most `times` times (`bpf_loop`, since
@@ -234,9 +236,18 @@ fn add(map: &PerCpuArray<u64>, slot: u32, by: u64) -> u64 {
     *count
 }
 
-/// What the last sweep found, by the slots of [`swept`].
+/// What the last sweep found, by the slots of [`swept`]; behind them, silent clients by row of `PORT_COUNTS`.
 #[map]
-static SWEPT: Array<u32> = Array::with_max_entries(swept::SLOTS, 0);
+static SWEPT: Array<u32> = Array::with_max_entries(swept::SLOTS + MAX_PORTS, 0);
+
+/// Counts a silent client of a port.
+#[inline(always)]
+pub(crate) fn count_silent(row: u16) {
+    if let Some(count) = SWEPT.get_ptr_mut(swept::SLOTS + u32::from(row)) {
+        // SAFETY: sweeps do not overlap.
+        unsafe { *count += 1 }
+    }
+}
 
 /// Leaves what a sweep found for the daemon.
 #[inline(always)]

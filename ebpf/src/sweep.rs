@@ -53,6 +53,7 @@ unsafe extern "C" fn visit(
         sweep.counts[(slot & 7) as usize] += 1;
         if pending.stage == stage::ACKNOWLEDGED && age > expiry::SILENT && age < u32::MAX / 2 {
             sweep.counts[swept::Silent as usize] += 1;
+            maps::count_silent(pending.row);
         }
         0
     }

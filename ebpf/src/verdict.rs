@@ -300,7 +300,11 @@ unsafe extern "C" fn host_step(index: u32, scratch: *mut *mut Scratch) -> i64 {
     }
     let byte = head[(host.end.wrapping_sub(index).wrapping_sub(1) & 2047) as usize];
     host.hash.take(byte);
-    if byte == b'.' && maps::has_host(host.listener, host_kind::SUFFIX, host.hash.value) {
+    if host.hash.ends_as_address(byte) {
+        host.address = 1;
+    }
+    if byte == b'.' && host.address == 0 && maps::has_host(host.listener, host_kind::SUFFIX, host.hash.value)
+    {
         host.known = 1;
         return 1;
     }
@@ -311,9 +315,6 @@ unsafe extern "C" fn host_step(index: u32, scratch: *mut *mut Scratch) -> i64 {
 #[inline(always)]
 fn has_host(scratch: &mut Scratch, listener: u32) -> bool {
     const LONGEST: u32 = 255;
-    if maps::has_host(listener, host_kind::ANY, 0) {
-        return true;
-    }
     let byte = |at: u32| scratch.head[(at & 2047) as usize];
     let (mut start, mut end) = (scratch.scan.host, scratch.scan.host_end);
     if byte(start) == b' ' {
@@ -325,10 +326,14 @@ fn has_host(scratch: &mut Scratch, listener: u32) -> bool {
     if end <= start || end - start > LONGEST {
         return false;
     }
-    scratch.host = HostWalk { hash: HostHash::new(), end, length: end - start, listener, known: 0 };
+    scratch.host =
+        HostWalk { hash: HostHash::new(), end, length: end - start, listener, known: 0, address: 0 };
     maps::repeat(LONGEST, host_step, scratch);
     let host = &scratch.host;
-    host.known != 0 || maps::has_host(listener, host_kind::EXACT, host.hash.value)
+    // Of addresses only those that are named: any other one is somebody else's.
+    host.known != 0
+        || maps::has_host(listener, host_kind::EXACT, host.hash.value)
+        || (host.address == 0 && maps::has_host(listener, host_kind::ANY, 0))
 }
 
 /// `None`: no worker can take it now.

@@ -12,6 +12,7 @@ mod check;
 mod explain;
 mod log;
 mod run;
+mod steer;
 
 /// Answers CORS preflights beside the proxy, and passes everything else to it, byte for byte.
 #[derive(Debug, Parser)]
@@ -33,6 +34,7 @@ enum Command {
     Run(Run),
     Check(Check),
     Explain(Box<Explain>),
+    Detach(Detach),
 }
 
 /// Listens, answers preflights, relays the rest.
@@ -42,10 +44,16 @@ enum Command {
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   preflightd run --config /etc/preflightd/config.toml
+  preflightd run --steer 80 --policy cors.toml --admin 127.0.0.1:9900
   preflightd run --listen 0.0.0.0:80 --upstream 127.0.0.1:8080 --policy cors.toml --admin 127.0.0.1:9900")]
 struct Run {
     /// The configuration file.
-    #[arg(long, value_name = "FILE", required_unless_present = "listen", conflicts_with_all = ["listen", "policy"])]
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present_any = ["listen", "steer"],
+        conflicts_with_all = ["listen", "steer", "policy"]
+    )]
     config: Option<PathBuf>,
     /// Instead of a file: listen here (IP address and port).
     #[arg(long, value_name = "ADDR", requires = "upstream")]
@@ -54,8 +62,20 @@ struct Run {
     #[arg(long, value_name = "ADDR", requires = "listen")]
     upstream: Option<SocketAddr>,
     /// Instead of a file: a file of policies; may be repeated.
-    #[arg(long, value_name = "FILE", requires = "listen")]
+    #[arg(long, value_name = "FILE")]
     policy: Vec<PathBuf>,
+    /// Instead of a file: steer this port, or address and port, of the proxy that runs here; may be repeated.
+    #[arg(long, value_name = "PORT", value_parser = steered)]
+    steer: Vec<SocketAddr>,
+    /// With --steer: these interfaces, not all that clients can reach; may be repeated.
+    #[arg(long, value_name = "NAME", requires = "steer")]
+    interface: Vec<String>,
+    /// With --steer: the proxy's network namespace, a path or a process.
+    #[arg(long, value_name = "NETNS", requires = "steer")]
+    netns: Option<String>,
+    /// Overrides steer.mode.
+    #[arg(long, value_name = "MODE")]
+    mode: Option<crate::config::SteerMode>,
     /// Instead of a file: how the upstream learns the client's address.
     #[arg(long, value_name = "HOW", requires = "listen", default_value = "auto")]
     proxy_protocol: ProxyProtocol,
@@ -107,6 +127,26 @@ struct Check {
     /// Warnings count as errors.
     #[arg(long)]
     deny_warnings: bool,
+}
+
+/// Takes the eBPF programs off every interface, and removes all that daemons have pinned.
+///
+/// The switch that puts steering out, with or without a daemon: the proxy then serves everything by itself. New
+/// connections are left to it at once; those whose handshake has begun get a moment to finish it. A daemon that runs stays
+/// up, says so, and steers again only after a restart.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  preflightd detach
+  preflightd detach --pin-dir /sys/fs/bpf/preflightd --grace 10s
+
+Exit codes: 0 nothing is left, 1 something could not be removed.")]
+struct Detach {
+    /// steer.pin_dir of the daemon.
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/preflightd")]
+    pin_dir: PathBuf,
+    /// How long handshakes that have begun may take.
+    #[arg(long, value_name = "TIME", default_value = "3s")]
+    grace: humantime::Duration,
 }
 
 /// Tells what becomes of one request, step by step, and the answer's exact bytes.
@@ -192,6 +232,18 @@ enum Format {
     Json,
 }
 
+/// A port of all addresses, or an address with its port.
+fn steered(text: &str) -> Result<SocketAddr, String> {
+    match text.parse::<u16>() {
+        Ok(0) => Err("0 is no port: write the one that the proxy listens on".to_owned()),
+        Ok(port) => Ok(SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port))),
+        Err(_) => text.parse().map_err(|_| {
+            "write a port, such as 80, or an IP address and a port, such as 192.0.2.1:80 or [::]:80"
+                .to_owned()
+        }),
+    }
+}
+
 /// How the upstream learns the client's address.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum ProxyProtocol {
@@ -242,6 +294,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Check(args) => check::check(&args),
         Command::Explain(args) => explain::explain(&args),
+        Command::Detach(args) => steer::detach(&args),
     };
     let (code, message) = match result {
         Ok(()) => return ExitCode::SUCCESS,

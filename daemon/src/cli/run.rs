@@ -4,18 +4,18 @@
 //! request passes through it. A worker or relay thread that ends takes the process down: half a daemon loses
 //! connections in silence.
 
-use super::{Engine, Failure, ProxyProtocol, Run, log};
+use super::{Engine, Failure, ProxyProtocol, Run, log, steer::Steered};
 use crate::{
     config::{self, Config, Diagnostic, Listener, Loaded, Watch},
     explain::{self, Sources},
-    policy::{ListenerId, RouteLabels, Table, labels::RouteLabel},
+    policy::{ListenerId, PolicySpec, RouteLabels, Table, labels::RouteLabel},
     publish::Publisher,
-    relay::{self, Relay},
+    relay::{self, Relay, Ways},
     telemetry::{
         RelayStats, ReloadResult, Running, Status, WorkerStats,
         admin::{self, AdminSocket},
     },
-    worker::{EngineChoice, WorkerListener, WorkerSetup, Workers, listen},
+    worker::{EngineChoice, Serves, WorkerListener, WorkerSetup, Workers, listen},
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{
@@ -35,6 +35,8 @@ use tracing::{error, info, warn};
 
 /// How often what comes back from the workers is freed, and the threads are looked after.
 const TICK: Duration = Duration::from_millis(200);
+/// A packet that was given to a worker is surely in its queue by then.
+const IN_FLIGHT: Duration = Duration::from_millis(10);
 /// Descriptors beside those of connections.
 const SPARE_DESCRIPTORS: u64 = 256;
 
@@ -78,6 +80,7 @@ struct Files {
     from: From,
     workers: Option<u16>,
     engine: Option<EngineChoice>,
+    mode: Option<config::SteerMode>,
     admin: Option<SocketAddr>,
     admin_socket: Option<PathBuf>,
     log_format: Option<config::LogFormat>,
@@ -88,11 +91,17 @@ struct Files {
 #[derive(Clone, Debug)]
 enum From {
     File(PathBuf),
-    Arguments { listener: Listener, policies: Vec<PathBuf> },
+    Arguments { listeners: Vec<Listener>, steer: config::Steer, policies: Vec<PathBuf> },
 }
 
 impl Files {
     fn new(args: &Run) -> Self {
+        let mut listeners = Vec::new();
+        for address in &args.steer {
+            let name =
+                if args.steer.len() == 1 { "web".to_owned() } else { format!("port-{}", address.port()) };
+            listeners.push(Listener { steer: true, ..Listener::new(&name, *address, None) });
+        }
         let from = match (args.listen, &args.config) {
             (Some(address), _) => {
                 let proxy_protocol = match args.proxy_protocol {
@@ -103,8 +112,10 @@ impl Files {
                 };
                 let listener =
                     Listener { proxy_protocol, ..Listener::new("default", address, args.upstream) };
-                From::Arguments { listener, policies: args.policy.clone() }
+                listeners.insert(0, listener);
+                Self::by_arguments(args, listeners)
             }
+            (None, _) if !listeners.is_empty() => Self::by_arguments(args, listeners),
             (None, path) => From::File(path.clone().unwrap_or_default()),
         };
         Self {
@@ -115,6 +126,7 @@ impl Files {
                 Engine::IoUring => EngineChoice::IoUring,
                 Engine::Epoll => EngineChoice::Epoll,
             }),
+            mode: args.mode,
             admin: args.admin,
             admin_socket: args.admin_socket.clone(),
             log_format: args.log_format,
@@ -122,11 +134,21 @@ impl Files {
         }
     }
 
+    fn by_arguments(args: &Run, listeners: Vec<Listener>) -> From {
+        let steer = config::Steer {
+            interfaces: args.interface.clone(),
+            netns: args.netns.clone().unwrap_or_default(),
+            ..config::Steer::default()
+        };
+        From::Arguments { listeners, steer, policies: args.policy.clone() }
+    }
+
     fn load(&self) -> io::Result<Loaded> {
         match &self.from {
             From::File(path) => config::load(path),
-            From::Arguments { listener, policies } => {
-                config::load_policies(Config::of_listeners(vec![listener.clone()]), policies)
+            From::Arguments { listeners, steer, policies } => {
+                let config = Config { steer: steer.clone(), ..Config::of_listeners(listeners.clone()) };
+                config::load_policies(config, policies)
             }
         }
     }
@@ -138,6 +160,9 @@ impl Files {
         }
         if let Some(engine) = self.engine {
             config.workers.engine = engine;
+        }
+        if let Some(mode) = self.mode {
+            config.steer.mode = mode;
         }
         if self.admin.is_some() {
             config.admin.address = self.admin;
@@ -204,6 +229,7 @@ async fn control(files: Files, config: Config, table: Table, labels: RouteLabels
         surfaces.push(tokio::spawn(socket.serve(status.clone())));
     }
     let mut reloader = Reloader::new(files, labels, status.clone());
+    let mut interfaces = daemon.steered.watch()?;
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let ended = loop {
@@ -215,9 +241,11 @@ async fn control(files: Files, config: Config, table: Table, labels: RouteLabels
                     break daemon.drain(grace, &status, &mut signals).await;
                 }
             },
-            table = reloader.next() => if let Some(table) = table {
-                daemon.publisher.publish(&table);
+            reloaded = reloader.next() => if let Some(reloaded) = reloaded {
+                daemon.publisher.publish(&reloaded.table);
+                daemon.steered.reloaded(&reloaded.policies, &reloaded.steer);
             },
+            () = interfaces.changed() => daemon.steered.changed(),
             _ = ticks.tick() => if let Err(e) = daemon.tick(&status) {
                 break Err(e);
             }
@@ -236,6 +264,7 @@ struct Daemon {
     publisher: Publisher,
     workers: Option<Workers>,
     relay: Option<Relay>,
+    steered: Steered,
 }
 
 impl Daemon {
@@ -244,23 +273,37 @@ impl Daemon {
         let count = config.worker_count();
         let mut addresses = Vec::with_capacity(config.listeners.len());
         let mut sockets: Vec<Vec<WorkerListener>> = (0..count).map(|_| Vec::new()).collect();
+        let mut steered = Steered::open(&config, count)?;
+        for (worker, beside) in sockets.iter_mut().zip(steered.listen()?) {
+            let beside = beside.into_iter();
+            worker.extend(beside.map(|(id, socket)| WorkerListener {
+                id,
+                socket,
+                serves: Serves::BesideProxy,
+            }));
+        }
         for (i, listener) in config.listeners.iter().enumerate() {
+            if listener.steer {
+                info!(listener = listener.name, proxy = %listener.address, "beside the proxy");
+                addresses.push(listener.address);
+                continue;
+            }
             let (address, opened) = open(listener.address, count)?;
             info!(listener = listener.name, %address, upstream = ?listener.upstream, "listening");
             addresses.push(address);
             for (worker, socket) in sockets.iter_mut().zip(opened) {
                 let id = ListenerId(i as u16);
-                worker.push(WorkerListener { id, socket, has_upstream: listener.upstream.is_some() });
+                let serves = if listener.upstream.is_some() { Serves::BeforeProxy } else { Serves::Alone };
+                worker.push(WorkerListener { id, socket, serves });
             }
         }
 
         let relay_stats = Arc::new(RelayStats::default());
-        let upstreams = config.upstreams();
-        let (relay, handles) = if upstreams.is_empty() {
+        let ways = Ways { upstreams: config.upstreams(), turn_back: steered.turn_back() };
+        let (relay, handles) = if ways.upstreams.is_empty() && ways.turn_back.is_none() {
             (None, Vec::new())
         } else {
-            let (relay, handles) =
-                Relay::start(upstreams, config.relay_limits(), count, relay_stats.clone())?;
+            let (relay, handles) = Relay::start(ways, config.relay_limits(), count, relay_stats.clone())?;
             (Some(relay), handles)
         };
 
@@ -283,6 +326,7 @@ impl Daemon {
             stats: stats.clone(),
         });
         let workers = Workers::start(setups.collect(), config.workers.engine, config.connection_limits())?;
+        steered.engage(&config.policies)?;
 
         let running = Running::new(table, labels.all(), sources);
         info!(
@@ -295,11 +339,12 @@ impl Daemon {
         let backend = relay.as_ref().map(|relay| relay.backend().to_string()).unwrap_or_default();
         let status =
             Status::new(stats, relay_stats, config, addresses, workers.engine().to_owned(), backend, running);
-        Ok((Self { publisher, workers: Some(workers), relay }, Arc::new(status)))
+        Ok((Self { publisher, workers: Some(workers), relay, steered }, Arc::new(status)))
     }
 
     /// What must be done now and then.
     fn tick(&mut self, status: &Status) -> io::Result<()> {
+        self.steered.tick(status);
         self.publisher.tick();
         let acknowledged = self.publisher.acknowledged();
         {
@@ -307,7 +352,7 @@ impl Daemon {
             running.generations.clear();
             running.generations.extend(self.publisher.generations());
         }
-        if !status.is_ready() && acknowledged >= 1 {
+        if !status.is_ready() && acknowledged >= 1 && self.steered.is_well() {
             status.set_ready();
             info!(generation = acknowledged, "ready");
         }
@@ -329,6 +374,10 @@ impl Daemon {
         // Threads look at their orders at once, and end a little after the grace.
         let latest = Instant::now() + grace + Duration::from_secs(5);
         let (workers, relay) = (self.workers.take(), self.relay.take());
+        if self.steered.release() {
+            // A packet may be on its way to a worker on another CPU.
+            tokio::time::sleep(IN_FLIGHT).await;
+        }
         if let Some(workers) = &workers {
             workers.shutdown(grace);
         }
@@ -381,6 +430,8 @@ struct Reloaded {
     table: Arc<Table>,
     labels: Arc<[RouteLabel]>,
     sources: Arc<Sources>,
+    policies: Arc<[PolicySpec]>,
+    steer: config::Steer,
 }
 
 impl Reloader {
@@ -402,7 +453,7 @@ impl Reloader {
     }
 
     /// Waits for changed files, which begin a reload, or for the end of one, which may bring a new table.
-    async fn next(&mut self) -> Option<Arc<Table>> {
+    async fn next(&mut self) -> Option<Reloaded> {
         let changed = async {
             match &self.watch {
                 Some(watch) => watch.changed().await,
@@ -439,7 +490,7 @@ impl Reloader {
     }
 
     /// Takes note of a reload that ended: the new table, if there is one.
-    fn done(&mut self, reload: Result<Reload, JoinError>) -> Option<Arc<Table>> {
+    fn done(&mut self, reload: Result<Reload, JoinError>) -> Option<Reloaded> {
         self.running = None;
         let reload = match reload {
             Ok(reload) => reload,
@@ -455,18 +506,17 @@ impl Reloader {
         }
         self.watch_files();
         let result = reload.outcome.as_ref().map_or_else(|result| *result, |_| ReloadResult::Applied);
-        let table = {
+        let reloaded = {
             let mut running = self.status.running();
             running.reloads[result as usize] += 1;
             running.current = result == ReloadResult::Applied;
-            reload.outcome.ok().map(|reloaded| {
+            reload.outcome.ok().inspect(|reloaded| {
                 running.table = reloaded.table.clone();
-                running.labels = reloaded.labels;
-                running.sources = reloaded.sources;
-                reloaded.table
+                running.labels = reloaded.labels.clone();
+                running.sources = reloaded.sources.clone();
             })
         };
-        if let Some(table) = &table {
+        if let Some(Reloaded { table, .. }) = &reloaded {
             self.generation = table.generation();
             info!(generation = table.generation(), policies = table.policies(), "the policies were replaced");
         } else {
@@ -475,7 +525,7 @@ impl Reloader {
         if std::mem::take(&mut self.again) {
             self.wanted("changed files");
         }
-        table
+        reloaded
     }
 }
 
@@ -495,7 +545,8 @@ fn reload(
     };
     let read = std::mem::take(&mut loaded.files);
     if let Some(config) = &mut loaded.config {
-        let changed = files.overridden(config.clone()).changed_sections(&status.config);
+        *config = files.overridden(config.clone());
+        let changed = config.changed_sections(&status.config);
         if !changed.is_empty() {
             warn!(
                 sections = changed.join(", "),
@@ -511,6 +562,8 @@ fn reload(
             table: Arc::new(table),
             labels: labels.all().into(),
             sources: Arc::new(explain::sources(&config.policies)),
+            policies: config.policies,
+            steer: config.steer,
         }),
         _ => Err(ReloadResult::Refused),
     };

@@ -194,10 +194,14 @@ impl Build {
                 check_numbers(&root, &mut problems);
             }
             let listeners = self::listeners(listeners, &mut problems);
+            if whole {
+                check_steer(&root.steer, &listeners, &mut problems);
+            }
             let config = Config {
                 workers: root.workers,
                 limits: root.limits,
                 relay: root.relay,
+                steer: root.steer,
                 admin: root.admin,
                 log: root.log,
                 ..Config::of_listeners(listeners)
@@ -559,12 +563,20 @@ fn listeners(
         if raw.address.is_none() {
             missing("address", "add the address to listen on: address = \"0.0.0.0:80\"");
         }
-        if raw.upstream.is_none() && !raw.answer_only {
+        if raw.upstream.is_none() && !raw.answer_only && !raw.steer {
             missing(
                 "upstream",
                 "add the proxy's address: upstream = \"127.0.0.1:8080\"; or answer_only = true, and all that is no \
                  preflight of a policy ends with an error",
             );
+        }
+        if raw.steer && raw.answer_only {
+            problems.push(Problem::error(
+                "answer-only-steer",
+                at("answer_only"),
+                "answer_only and steer exclude each other",
+                "keep one of the two: with steer the proxy gets all that is no preflight of a policy",
+            ));
         }
         if raw.upstream.is_some() && raw.answer_only {
             problems.push(Problem::error(
@@ -592,6 +604,7 @@ fn listeners(
         let listener = Listener {
             name: name.0,
             address: address.0,
+            steer: raw.steer,
             upstream: raw.upstream.map(|upstream| upstream.0),
             proxy_protocol: raw.proxy_protocol,
             transparent: raw.transparent,
@@ -618,7 +631,11 @@ fn listeners(
                 "give each its own address or port",
             ));
         }
-        upstream_findings(&listener, &at, problems);
+        if listener.steer {
+            steer_findings(&listener, &at, problems);
+        } else {
+            upstream_findings(&listener, &at, problems);
+        }
         listeners.push(listener);
     }
     listeners
@@ -659,6 +676,63 @@ fn upstream_findings(listener: &Listener, at: &dyn Fn(&'static str) -> At, probl
             ),
             "use proxy_protocol = \"v2\" (and have the proxy expect it), or transparent = true",
         ));
+    }
+}
+
+fn steer_findings(listener: &Listener, at: &dyn Fn(&'static str) -> At, problems: &mut Vec<Problem>) {
+    if listener.address.port() == 0 {
+        problems.push(Problem::error(
+            "invalid-value",
+            at("address"),
+            "the port is 0, but with steer the proxy's own is needed",
+            "write the address and port that the proxy listens on",
+        ));
+    }
+    let keeps_address =
+        listener.transparent || matches!(listener.proxy_protocol, ProxyProtocol::V1 | ProxyProtocol::V2);
+    if listener.upstream.is_some() && !keeps_address {
+        problems.push(Problem::error(
+            "client-address-hidden",
+            at("upstream"),
+            "with steer the proxy knows each client by its address, and what is relayed to this upstream would have \
+             this node's",
+            "leave `upstream` out (the client is told to come again, and goes to the proxy), or add proxy_protocol = \
+             \"v2\" where that address expects it, or transparent = true",
+        ));
+    }
+}
+
+/// Numbers and names of `[steer]`.
+fn check_steer(steer: &super::Steer, listeners: &[Listener], problems: &mut Vec<Problem>) {
+    let mut wrong = |key: &'static str, message: String, help: &str| {
+        let at = At::Path(vec![Step::Key("steer".into()), Step::Key(key.into())]);
+        problems.push(Problem::error("out-of-range", at, message, help));
+    };
+    if steer.percent > 100 {
+        wrong("percent", format!("steer.percent is {}", steer.percent), "use 0 to 100");
+    }
+    if !(1024..=16_777_216).contains(&steer.max_pending) {
+        wrong("max_pending", format!("steer.max_pending is {}", steer.max_pending), "use 1024 to 16777216");
+    }
+    if steer.storm_below > steer.storm_above {
+        let message = format!(
+            "steer.storm_below is {}, above steer.storm_above, {}: a storm would begin and end at once",
+            steer.storm_below, steer.storm_above
+        );
+        wrong("storm_below", message, "use about half of steer.storm_above");
+    }
+    if steer.pin_dir.as_os_str().is_empty() || !steer.pin_dir.is_absolute() {
+        wrong(
+            "pin_dir",
+            format!("steer.pin_dir is `{}`, which is no absolute path", steer.pin_dir.display()),
+            "name a directory in bpffs, such as \"/sys/fs/bpf/preflightd\"",
+        );
+    }
+    if steer != &super::Steer::default() && !listeners.iter().any(|listener| listener.steer) {
+        let at = At::Path(vec![Step::Key("steer".into())]);
+        let message = "[steer] has no effect: no listener is steered";
+        let help = "add steer = true to a [[listener]], or leave [steer] out";
+        problems.push(Problem::warning("steer-without-listener", at, message, help));
     }
 }
 

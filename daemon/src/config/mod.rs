@@ -38,6 +38,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[relay]`.
     pub relay: Relay,
+    /// `[steer]`.
+    pub steer: Steer,
     /// `[admin]`.
     pub admin: Admin,
     /// `[log]`.
@@ -51,9 +53,11 @@ pub struct Config {
 pub struct Listener {
     /// As policies and metrics call it.
     pub name: String,
-    /// Bound here; port 0: any free one.
+    /// Bound here; port 0: any free one. With `steer`: where the proxy listens.
     pub address: SocketAddr,
-    /// The proxy behind it; `None` only with `answer_only`.
+    /// The proxy stays where it is, and the kernel gives us its preflights.
+    pub steer: bool,
+    /// The proxy behind it; `None` only with `answer_only` or `steer`.
     pub upstream: Option<SocketAddr>,
     /// How the upstream learns the client's address.
     pub proxy_protocol: ProxyProtocol,
@@ -116,6 +120,82 @@ pub struct Relay {
     pub idle_timeout: Duration,
     /// Buffer for each direction of a connection.
     pub buffer_bytes: usize,
+}
+
+/// `[steer]`: what the kernel does on the ports of listeners with `steer`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Steer {
+    /// What is done.
+    pub mode: SteerMode,
+    /// When handshakes are deferred.
+    pub engage: Engage,
+    /// Preflights a second above which a storm begins.
+    pub storm_above: u32,
+    /// Preflights a second below which, after ten seconds, it is over.
+    pub storm_below: u32,
+    /// Names of interfaces; empty: those that clients can reach.
+    pub interfaces: Vec<String>,
+    /// Where among other TCX programs.
+    pub position: Position,
+    /// The proxy's network namespace, a path or a process; empty: our own.
+    pub netns: String,
+    /// A directory of bpffs.
+    pub pin_dir: PathBuf,
+    /// Share of connections that may be steered, in 1/100.
+    pub percent: u32,
+    /// Connections that may wait for their first data.
+    pub max_pending: u32,
+    /// What firewall rules mean that may stop what the proxy would not.
+    pub firewall: Firewall,
+    /// A connection of our own each way before the daemon is ready.
+    pub self_test: bool,
+}
+
+/// What steering does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum SteerMode {
+    /// Nothing.
+    Off,
+    /// Counts what connections open with; touches nothing.
+    Observe,
+    /// Gives preflights to the workers.
+    #[default]
+    Steer,
+}
+
+/// When handshakes are deferred.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engage {
+    /// Always.
+    #[default]
+    Always,
+    /// While there are many preflights.
+    Storm,
+}
+
+/// Where the program stands among other TCX programs of an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Position {
+    /// Before them.
+    #[default]
+    First,
+    /// Behind them.
+    Last,
+}
+
+/// What firewall rules mean for steering, which goes past them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Firewall {
+    /// While there are some that may stop or redirect connections to the ports, nothing is deferred.
+    #[default]
+    Refuse,
+    /// They are known not to matter.
+    Ignore,
 }
 
 /// `[admin]`.
@@ -182,6 +262,25 @@ impl Default for Relay {
             connect_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_hours(1),
             buffer_bytes: 262_144,
+        }
+    }
+}
+
+impl Default for Steer {
+    fn default() -> Self {
+        Self {
+            mode: SteerMode::Steer,
+            engage: Engage::Always,
+            storm_above: 1_000,
+            storm_below: 500,
+            interfaces: Vec::new(),
+            position: Position::First,
+            netns: String::new(),
+            pin_dir: PathBuf::from("/sys/fs/bpf/preflightd"),
+            percent: 100,
+            max_pending: 65_536,
+            firewall: Firewall::Refuse,
+            self_test: true,
         }
     }
 }
@@ -306,6 +405,7 @@ impl Config {
             workers: Workers::default(),
             limits: Limits::default(),
             relay: Relay::default(),
+            steer: Steer::default(),
             admin: Admin::default(),
             log: Log::default(),
             policies: Arc::new([]),
@@ -371,6 +471,7 @@ impl Config {
             ("workers", self.workers != other.workers),
             ("limits", self.limits != other.limits),
             ("relay", self.relay != other.relay),
+            ("steer", self.steer.without_live() != other.steer.without_live()),
             ("admin", self.admin != other.admin),
             ("log", self.log != other.log),
         ]
@@ -399,12 +500,21 @@ impl Config {
     }
 }
 
+impl Steer {
+    /// Without what takes effect while running.
+    fn without_live(&self) -> Self {
+        let Self { mode, engage, storm_above, storm_below, percent, firewall, .. } = Self::default();
+        Self { mode, engage, storm_above, storm_below, percent, firewall, ..self.clone() }
+    }
+}
+
 impl Listener {
     /// One with an upstream and defaults.
     pub fn new(name: &str, address: SocketAddr, upstream: Option<SocketAddr>) -> Self {
         Self {
             name: name.to_owned(),
             address,
+            steer: false,
             upstream,
             proxy_protocol: ProxyProtocol::Auto,
             transparent: false,

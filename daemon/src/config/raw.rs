@@ -25,6 +25,7 @@ pub(super) struct Root {
     pub(super) workers: super::Workers,
     pub(super) limits: super::Limits,
     pub(super) relay: super::Relay,
+    pub(super) steer: super::Steer,
     pub(super) admin: super::Admin,
     pub(super) log: super::Log,
     pub(super) policy_dir: String,
@@ -70,6 +71,7 @@ impl<'de> Deserialize<'de> for Tables {
 pub(super) struct Listener {
     pub(super) name: Option<Text<ListenerName>>,
     pub(super) address: Option<Text<Address>>,
+    pub(super) steer: bool,
     pub(super) upstream: Option<Text<Address>>,
     pub(super) answer_only: bool,
     #[serde(deserialize_with = "proxy_protocol")]

@@ -10,6 +10,8 @@ pub enum ErrorResponse {
     RequestTimeout,
     /// 421: not a preflight of ours, and there is no upstream (RFC 9110 §15.5.20).
     Misdirected,
+    /// 421: not a preflight that we have a policy for, and the proxy takes it on another connection.
+    ComeAgain,
     /// 431: the head is too large, and there is no upstream (RFC 6585 §5).
     HeadTooLarge,
     /// 502: the upstream cannot be reached.
@@ -56,6 +58,11 @@ impl ErrorResponse {
                  and no upstream is configured that could take it.\n\
                  Send it to the server itself, or set an upstream for this listener.\n",
             ),
+            ErrorResponse::ComeAgain => (
+                "421 Misdirected Request",
+                "preflightd: the proxy behind this address will answer this request, but not on this connection.\n\
+                 Open a new connection and send it again (RFC 9110, section 15.5.20).\n",
+            ),
             ErrorResponse::HeadTooLarge => (
                 "431 Request Header Fields Too Large",
                 "preflightd: the head of the request is too large, and no upstream is configured that could take it.\n\
@@ -86,6 +93,7 @@ mod tests {
             (ErrorResponse::BadRequest, "400 Bad Request"),
             (ErrorResponse::RequestTimeout, "408 Request Timeout"),
             (ErrorResponse::Misdirected, "421 Misdirected Request"),
+            (ErrorResponse::ComeAgain, "421 Misdirected Request"),
             (ErrorResponse::HeadTooLarge, "431 Request Header Fields Too Large"),
             (ErrorResponse::BadGateway, "502 Bad Gateway"),
             (ErrorResponse::Overloaded, "503 Service Unavailable"),

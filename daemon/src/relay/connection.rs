@@ -50,13 +50,6 @@ pub(super) async fn relay(handoff: Handoff, shared: Arc<Shared>, turning_away: R
     let Handoff { client, listener, bytes, eof, reason } = handoff;
     let stats = &*shared.stats;
     stats.connections.fetch_add(1, Ordering::Relaxed);
-    let Some(upstream) = shared.upstreams.get(&listener.0) else {
-        tracing::error!(
-            listener = listener.0,
-            "a connection came to the relay by a listener without an upstream"
-        );
-        return;
-    };
     let client = socket2::Socket::from(client);
     // Both fail if the client has already reset the connection.
     let (Ok(peer), Ok(local)) = (client.peer_addr(), client.local_addr()) else {
@@ -73,6 +66,22 @@ pub(super) async fn relay(handoff: Handoff, shared: Arc<Shared>, turning_away: R
             tracing::warn!(%peer, error = %e, "cannot prepare a client's socket for the relay");
             return;
         }
+    };
+    let Some(upstream) = shared.upstreams.get(&listener.0) else {
+        let Some(turn_back) = &shared.turn_back else {
+            tracing::error!(
+                listener = listener.0,
+                "a connection came to the relay by a listener without an upstream"
+            );
+            return;
+        };
+        tracing::debug!(%peer, listener = listener.0, reason = reason.as_str(), "to come again");
+        stats.turned_back.fetch_add(1, Ordering::Relaxed);
+        turn_back(peer.ip(), &bytes);
+        if let Ok(_permit) = turning_away.try_acquire() {
+            turn_away(&client, Some(ErrorResponse::ComeAgain)).await;
+        }
+        return;
     };
     let is_http = bytes.first().is_some_and(u8::is_ascii_uppercase);
 

@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use std::{
     collections::HashMap,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     rc::Rc,
     sync::{Arc, mpsc},
@@ -64,6 +64,25 @@ pub struct Upstream {
     pub proxy_protocol: ProxyProtocol,
     /// Connect from the client's own address (IP_TRANSPARENT; needs CAP_NET_ADMIN and a routing rule).
     pub transparent: bool,
+}
+
+/// Where connections go: to upstreams, or back to the client.
+#[derive(Default)]
+pub struct Ways {
+    /// By listener.
+    pub upstreams: Vec<Upstream>,
+    /// For listeners without an upstream. The client is told to come again (421); first this is told the client's
+    /// address and the bytes, so that it can see to it that the next attempt goes elsewhere.
+    pub turn_back: Option<TurnBack>,
+}
+
+/// See [`Ways::turn_back`].
+pub type TurnBack = Arc<dyn Fn(IpAddr, &[u8]) + Send + Sync>;
+
+impl From<Vec<Upstream>> for Ways {
+    fn from(upstreams: Vec<Upstream>) -> Self {
+        Self { upstreams, turn_back: None }
+    }
 }
 
 /// Bounds and times of the relay.
@@ -132,12 +151,12 @@ impl Relay {
     /// # Errors
     /// A thread, ring or eventfd cannot be made, or a listener asks for `transparent` without CAP_NET_ADMIN.
     pub fn start(
-        upstreams: Vec<Upstream>,
+        ways: impl Into<Ways>,
         limits: RelayLimits,
         workers: usize,
         stats: Arc<RelayStats>,
     ) -> io::Result<(Relay, Vec<Handle>)> {
-        Self::start_on(Backend::choose()?, upstreams, limits, workers, stats)
+        Self::start_on(Backend::choose()?, ways, limits, workers, stats)
     }
 
     /// [`Relay::start`] on a backend of the caller's choice.
@@ -146,11 +165,12 @@ impl Relay {
     /// As [`Relay::start`]; also if the kernel does not have that backend.
     pub fn start_on(
         backend: Backend,
-        upstreams: Vec<Upstream>,
+        ways: impl Into<Ways>,
         limits: RelayLimits,
         workers: usize,
         stats: Arc<RelayStats>,
     ) -> io::Result<(Relay, Vec<Handle>)> {
+        let Ways { upstreams, turn_back } = ways.into();
         for upstream in &upstreams {
             upstream::check_transparent(upstream)?;
         }
@@ -163,7 +183,7 @@ impl Relay {
         tracing::info!(%backend, threads = count, "relay starts");
 
         let (end, ended) = watch::channel(None);
-        let shared = Arc::new(Shared { backend, limits, upstreams, stats, ended });
+        let shared = Arc::new(Shared { backend, limits, upstreams, turn_back, stats, ended });
         let mut relay = Relay { backend, threads: Vec::with_capacity(count), end };
         let mut wakes = Vec::with_capacity(count);
         let mut intakes: Vec<Vec<rtrb::Consumer<Handoff>>> = (0..count).map(|_| Vec::new()).collect();
@@ -257,6 +277,7 @@ struct Shared {
     backend: Backend,
     limits: RelayLimits,
     upstreams: HashMap<u16, upstream::Upstream>,
+    turn_back: Option<TurnBack>,
     stats: Arc<RelayStats>,
     ended: watch::Receiver<Option<Instant>>,
 }

@@ -1,14 +1,27 @@
 //! The kernel's part: the eBPF programs, and everything that they need of user space.
+//!
+//! [`Steering`] is the whole of it for one network namespace. It loads the embedded object (`object`), keeps maps and
+//! links where they outlive a daemon (`pins`), finds out what it must know of the namespace ([`interfaces`], [`sysctl`],
+//! [`firewall`]), and tells the programs.
 
 use std::{error, fmt};
 
 pub mod firewall;
 pub mod interfaces;
+mod maps;
 pub mod netns;
 mod object;
+mod pins;
+mod self_test;
+mod steering;
 pub mod sysctl;
 
-const PRIVILEGES: &str = "run as root, or with CAP_BPF and CAP_NET_ADMIN";
+pub use maps::{Counts, Marks};
+pub use pins::{Detached, detach};
+pub use preflightd_common::abi::{event, fail_open, kind};
+pub use steering::{PortReport, Report, Service, State, Steering};
+
+const PRIVILEGES: &str = "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
 
 /// Why the kernel's part does not work: what was being done, the cause, and what to do about it.
 #[derive(Debug)]

@@ -75,6 +75,18 @@ impl Netns {
         self.0.is_none()
     }
 
+    /// The number by which the kernel tells namespaces apart.
+    ///
+    /// # Errors
+    /// For our own, if `/proc` is not there.
+    pub fn number(&self) -> Result<u64, Error> {
+        let metadata = match &self.0 {
+            Some(netns) => netns.metadata(),
+            None => fs::metadata("/proc/thread-self/ns/net"),
+        };
+        Ok(metadata.map_err(Error::new("tell network namespaces apart", "mount /proc"))?.ino())
+    }
+
     /// Runs `f` on a thread of its own in the namespace; sockets that it opens stay there. Panics as `f` does.
     ///
     /// # Errors

@@ -48,6 +48,8 @@ impl Metrics {
             connections(status);
             relay(status);
             process(status);
+            #[cfg(feature = "ebpf")]
+            steer(status);
         });
         let mut text = self.handle.render();
         latency(status, &mut text);
@@ -95,6 +97,8 @@ fn describe() {
          502 each; `overloaded`: more than relay.max_connections, a 503 each; `aborted`: a reset or an I/O error \
          later; `idle`: relay.idle_timeout."
     );
+    #[cfg(feature = "ebpf")]
+    describe_steer();
     describe_gauge!("preflightd_table_generation", "Generation of the newest policy table.");
     describe_gauge!(
         "preflightd_worker_table_generation",
@@ -204,6 +208,93 @@ fn process(status: &Status) {
         "relay" => status.relay_backend.clone()
     )
     .set(1.0);
+}
+
+#[cfg(feature = "ebpf")]
+fn describe_steer() {
+    describe_gauge!(
+        "preflightd_steer_state",
+        "1 for what the eBPF programs do at present: `off`, `observing` (connections are counted, nothing is touched), \
+         `steering` (handshakes are deferred), `replaced` (another daemon has them)."
+    );
+    describe_counter!(
+        "preflightd_steer_port_flows_total",
+        "New connections to a steered port by what they open with. `syn`: all that were seen; `silent`: ended without a \
+         byte; `pooled_options`: OPTIONS later on a connection, seen while observing only."
+    );
+    describe_counter!(
+        "preflightd_steer_flows_total",
+        "Deferred connections by who got them: `worker` or `proxy`."
+    );
+    describe_counter!(
+        "preflightd_steer_fail_open_total",
+        "New connections that were left to the kernel's own handshake, by reason."
+    );
+    describe_counter!("preflightd_steer_events_total", "What the eBPF programs did, each branch of its own.");
+    describe_counter!("preflightd_steer_packets_total", "Packets to steered ports that the programs saw.");
+    describe_gauge!(
+        "preflightd_steer_packet_seconds",
+        "What a packet to a steered port takes in the program on average, estimated from one in 64 on each CPU."
+    );
+    describe_gauge!(
+        "preflightd_steer_pending",
+        "Connections between their SYN and their first data, as of the last sweep (10 s)."
+    );
+    describe_gauge!("preflightd_steer_pending_limit", "How many of them fit.");
+    describe_gauge!(
+        "preflightd_steer_port_disengaged",
+        "1: connections to the port are not deferred any more, for they are not plain HTTP; the status says why."
+    );
+    describe_gauge!("preflightd_steer_interface", "1 for each interface that has the program.");
+    describe_counter!(
+        "preflightd_steer_turned_back_total",
+        "Connections that a worker could not answer and told to come again (421): the next attempt goes to the proxy."
+    );
+}
+
+#[cfg(feature = "ebpf")]
+fn steer(status: &Status) {
+    use crate::steer::{State, event, fail_open, kind};
+
+    let Some(report) = status.steer() else { return };
+    for state in State::ALL {
+        let on = f64::from(u8::from(state == report.state));
+        gauge!("preflightd_steer_state", "state" => state.as_str()).set(on);
+    }
+    let counts = &report.counts;
+    for port in &report.ports {
+        let label = port.port.to_string();
+        for (slot, name) in (0..).zip(kind::NAMES) {
+            let count = counts.port(port.row, slot);
+            if slot == kind::Worker || slot == kind::Proxy {
+                counter!("preflightd_steer_flows_total", "port" => label.clone(), "to" => *name)
+                    .absolute(count);
+            } else {
+                counter!("preflightd_steer_port_flows_total", "port" => label.clone(), "kind" => *name)
+                    .absolute(count);
+            }
+        }
+        let off = f64::from(u8::from(port.disengaged.is_some()));
+        gauge!("preflightd_steer_port_disengaged", "port" => label).set(off);
+    }
+    for (count, name) in counts.fail_opens.iter().zip(fail_open::NAMES) {
+        counter!("preflightd_steer_fail_open_total", "reason" => *name).absolute(*count);
+    }
+    for (slot, name) in (0..).zip(event::NAMES) {
+        if !matches!(slot, event::Packet | event::SampledNs | event::Sampled) {
+            counter!("preflightd_steer_events_total", "event" => *name).absolute(counts.event(slot));
+        }
+    }
+    counter!("preflightd_steer_packets_total").absolute(counts.event(event::Packet));
+    let sampled = number(counts.event(event::Sampled)).max(1.0);
+    let each = number(counts.event(event::SampledNs)) / sampled;
+    gauge!("preflightd_steer_packet_seconds").set(each / 1e9);
+    gauge!("preflightd_steer_pending").set(number(report.pending));
+    gauge!("preflightd_steer_pending_limit").set(f64::from(report.max_pending));
+    for interface in &report.interfaces {
+        gauge!("preflightd_steer_interface", "interface" => interface.clone()).set(1.0);
+    }
+    counter!("preflightd_steer_turned_back_total").absolute(status.relay.turned_back.load(Ordering::Relaxed));
 }
 
 /// The exporter takes single values only, and ours are in buckets already: the histogram is written by hand.

@@ -164,6 +164,8 @@ pub struct RelayStats {
     pub bytes_down: AtomicU64,
     /// Upstream refused, unreachable or too slow to connect (a 502 each).
     pub upstream_errors: AtomicU64,
+    /// Told to come again, with a 421, for they are the proxy's.
+    pub turned_back: AtomicU64,
     /// Turned away with a 503.
     pub overloaded: AtomicU64,
     /// Ended by a reset or an I/O error after connecting.

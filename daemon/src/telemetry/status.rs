@@ -37,6 +37,8 @@ pub struct Status {
     ready: AtomicBool,
     draining: AtomicBool,
     running: Mutex<Running>,
+    #[cfg(feature = "ebpf")]
+    steer: Mutex<Option<crate::steer::Report>>,
 }
 
 /// What a reload replaces.
@@ -118,12 +120,26 @@ impl Status {
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             running: Mutex::new(running),
+            #[cfg(feature = "ebpf")]
+            steer: Mutex::new(None),
         }
     }
 
     /// What a reload replaces.
     pub fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What steering does at present.
+    #[cfg(feature = "ebpf")]
+    pub fn set_steer(&self, report: crate::steer::Report) {
+        *self.steer.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
+    }
+
+    /// The same; `None`: no listener is steered.
+    #[cfg(feature = "ebpf")]
+    pub fn steer(&self) -> Option<crate::steer::Report> {
+        self.steer.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Every worker answers by the first table.
@@ -181,6 +197,10 @@ impl Status {
             .iter()
             .map(|result| (result.as_str().to_owned(), json!(running.reloads[*result as usize])))
             .collect();
+        #[cfg(feature = "ebpf")]
+        let steer = self.steer().map(|report| report.json());
+        #[cfg(not(feature = "ebpf"))]
+        let steer = json!(null);
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
@@ -191,6 +211,7 @@ impl Status {
             "relay": self.relay_backend,
             "workers": self.workers.len(),
             "listeners": listeners.collect::<Vec<_>>(),
+            "steer": steer,
             "policies": running.table.policies(),
             "generation": running.table.generation(),
             "generations": running.generations,

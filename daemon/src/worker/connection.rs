@@ -10,6 +10,7 @@ use crate::{
     policy::{Connection as Persistence, Decision, ListenerId, Preflight, RouteId, Table},
     reason::PassReason,
     telemetry::WorkerStats,
+    worker::Serves,
 };
 use std::{cell::Cell, mem, time::Duration};
 
@@ -120,7 +121,7 @@ pub(super) struct Connection {
     /// A byte has come.
     spoken: bool,
     listener: ListenerId,
-    has_upstream: bool,
+    serves: Serves,
 }
 
 impl Connection {
@@ -141,12 +142,12 @@ impl Connection {
             spoken: false,
             restart: true,
             listener: ListenerId(0),
-            has_upstream: false,
+            serves: Serves::Alone,
         }
     }
 
     /// Ready for another client of this listener.
-    pub(super) fn reset(&mut self, listener: ListenerId, has_upstream: bool) {
+    pub(super) fn reset(&mut self, listener: ListenerId, serves: Serves) {
         let mut input = mem::take(&mut self.input);
         let mut output = mem::take(&mut self.output);
         if input.len() != INPUT {
@@ -154,7 +155,7 @@ impl Connection {
         }
         output.clear();
         output.shrink_to(OUTPUT_KEEP);
-        *self = Self { input, output, listener, has_upstream, ..Self::new() };
+        *self = Self { input, output, listener, serves, ..Self::new() };
     }
 
     /// The listener that it came by.
@@ -320,7 +321,8 @@ impl Connection {
     fn answer(&mut self, cx: &Context<'_>) {
         while self.output.len() < OUTPUT_BOUND && self.begin < self.filled {
             let rest = &self.input[self.begin..self.filled];
-            match answer_one(&mut self.reader, rest, self.listener, self.more, &mut self.output, cx) {
+            let only = self.serves == Serves::BesideProxy;
+            match answer_one(&mut self.reader, rest, self.listener, self.more, only, &mut self.output, cx) {
                 One::Incomplete if self.eof => return self.pass(PassReason::Truncated, RouteId::OTHER, cx),
                 One::Incomplete => return,
                 One::Pass(reason, route) => return self.pass(reason, route, cx),
@@ -340,7 +342,7 @@ impl Connection {
     /// The request at `begin` is not ours.
     fn pass(&mut self, reason: PassReason, route: RouteId, cx: &Context<'_>) {
         cx.stats.passed(route, reason);
-        if self.has_upstream {
+        if self.serves != Serves::Alone {
             self.end = End::HandOver(reason);
         } else {
             self.refuse(refusal(reason), cx);
@@ -367,13 +369,15 @@ enum One {
     },
 }
 
-/// Answers the request that `bytes` begin with; `more` bytes are known to follow them.
+/// Answers the request that `bytes` begin with; `more` bytes are known to follow them. `only`: it is the connection's
+/// only one.
 #[inline]
 fn answer_one(
     reader: &mut HeadReader,
     bytes: &[u8],
     listener: ListenerId,
     more: bool,
+    only: bool,
     output: &mut Vec<u8>,
     cx: &Context<'_>,
 ) -> One {
@@ -396,7 +400,7 @@ fn answer_one(
         Decision::Pass(reason, route) => return One::Pass(reason, route),
     };
     let last = bytes.len() == head.len && !more;
-    let persistence = if cx.draining && last { Persistence::Close } else { head.connection };
+    let persistence = if only || (cx.draining && last) { Persistence::Close } else { head.connection };
     answer.render(cx.date, persistence, output);
     cx.stats.answered(answer.route, answer.outcome);
     cx.answers.set(cx.answers.get() + 1);
@@ -464,9 +468,9 @@ mod tests {
     }
 
     impl Driver {
-        fn new(has_upstream: bool) -> Self {
+        fn new(serves: Serves) -> Self {
             let mut connection = Connection::new();
-            connection.reset(ListenerId(0), has_upstream);
+            connection.reset(ListenerId(0), serves);
             Self {
                 connection,
                 table: table(1),
@@ -571,7 +575,7 @@ mod tests {
         ];
         for (name, bytes, eof, statuses, end) in cases {
             for split in 0..bytes.len().max(1) {
-                let mut driver = Driver::new(true);
+                let mut driver = Driver::new(Serves::BeforeProxy);
                 driver.feed(&bytes[..split]);
                 // What is beyond the end of a passed connection is the relay's to read.
                 let passed = matches!(driver.seen.end, Ended::Passed(..));
@@ -598,7 +602,7 @@ mod tests {
             ("too large", large, false, 431),
             ("cut off", REQUEST[..40].to_vec(), true, 400),
         ] {
-            let mut driver = Driver::new(false);
+            let mut driver = Driver::new(Serves::Alone);
             driver.feed(&bytes);
             driver.end();
             assert_eq!(driver.statuses(), [status], "{name}");
@@ -610,20 +614,20 @@ mod tests {
 
     #[test]
     fn bytes_behind_the_last_answer_are_read_but_not_without_end() {
-        let mut driver = Driver::new(true);
+        let mut driver = Driver::new(Serves::BeforeProxy);
         driver.feed(&[&closing(), REQUEST].concat());
         assert_eq!((driver.statuses(), &driver.seen.end), (vec![204], &Ended::Open), "lingers");
         driver.end();
         assert_eq!(driver.seen.end, Ended::Lingered);
 
-        let mut driver = Driver::new(true);
+        let mut driver = Driver::new(Serves::BeforeProxy);
         driver.feed(&[closing(), vec![b'x'; 10 << 20]].concat());
         assert_eq!(driver.seen.end, Ended::Lingered, "gives up");
     }
 
     #[test]
     fn a_slow_reader_bounds_what_is_answered_ahead() {
-        let mut driver = Driver::new(true);
+        let mut driver = Driver::new(Serves::BeforeProxy);
         driver.send = 100;
         driver.feed(&[REQUEST.repeat(1000), GET.to_vec()].concat());
         assert_eq!(driver.statuses(), [204; 1000]);
@@ -633,7 +637,7 @@ mod tests {
 
     #[test]
     fn what_a_burst_made_grow_shrinks() {
-        let mut driver = Driver::new(true);
+        let mut driver = Driver::new(Serves::BeforeProxy);
         driver.connection.take(&REQUEST.repeat(500), false);
         driver.feed(b"");
         assert_eq!(driver.statuses().len(), 500);
@@ -645,7 +649,7 @@ mod tests {
 
     #[test]
     fn draining_the_last_answer_says_close() {
-        let mut driver = Driver::new(true);
+        let mut driver = Driver::new(Serves::BeforeProxy);
         driver.feed(&REQUEST[..50]);
         driver.draining = true;
         driver.feed(&[&REQUEST[50..], REQUEST].concat());
@@ -666,7 +670,7 @@ mod tests {
             ("idle", Wait::Idle, &b""[..], None, Ended::Closed),
             ("send", Wait::Send, &b""[..], None, Ended::Closed),
         ] {
-            let mut driver = Driver::new(true);
+            let mut driver = Driver::new(Serves::BeforeProxy);
             if wait != Wait::Relay {
                 driver.feed(bytes);
             }
@@ -681,7 +685,7 @@ mod tests {
 
     #[test]
     fn timers_start_when_something_new_is_waited_for() {
-        let mut driver = Driver::new(true);
+        let mut driver = Driver::new(Serves::BeforeProxy);
         let mut steps = Vec::new();
         let (first, second) = REQUEST.split_at(40);
         let (second, third) = second.split_at(40);
@@ -699,9 +703,9 @@ mod tests {
 
     #[test]
     fn buffers_serve_the_next_client_clean() {
-        let mut driver = Driver::new(true);
+        let mut driver = Driver::new(Serves::BeforeProxy);
         driver.feed(&[REQUEST, &REQUEST[..30]].concat());
-        driver.connection.reset(ListenerId(0), true);
+        driver.connection.reset(ListenerId(0), Serves::BeforeProxy);
         driver.seen = Seen::default();
         driver.feed(REQUEST);
         assert_eq!(driver.statuses(), [204]);

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    WorkerListener,
+    Serves, WorkerListener,
     connection::{Connection, Step},
     shared::{ACCEPT_BACKOFF, HANDOFF_RETRY, Shared},
 };
@@ -49,7 +49,7 @@ struct Entry {
 #[derive(Debug)]
 struct Listener {
     id: ListenerId,
-    has_upstream: bool,
+    serves: Serves,
     socket: Option<OwnedFd>,
     watched: bool,
 }
@@ -78,10 +78,10 @@ impl Epoll {
         let listeners = listeners
             .into_iter()
             .enumerate()
-            .map(|(index, WorkerListener { id, socket, has_upstream })| {
+            .map(|(index, WorkerListener { id, socket, serves })| {
                 rustix::io::ioctl_fionbio(&socket, true)?;
                 epoll::add(&queue, &socket, EventData::new_u64(LISTENER + index as u64), EventFlags::IN)?;
-                Ok(Listener { id, has_upstream, socket: Some(socket), watched: true })
+                Ok(Listener { id, serves, socket: Some(socket), watched: true })
             })
             .collect::<io::Result<_>>()?;
         Ok(Self {
@@ -182,7 +182,7 @@ impl Epoll {
 
     /// Takes up to `most` connections from a listener's queue.
     fn accept(&mut self, index: usize, most: usize) {
-        let (id, has_upstream) = (self.listeners[index].id, self.listeners[index].has_upstream);
+        let (id, serves) = (self.listeners[index].id, self.listeners[index].serves);
         for _ in 0..most {
             if self.shared.draining.is_none()
                 && (!self.make_room() || self.shared.clock.now < self.accept_after)
@@ -208,7 +208,7 @@ impl Epoll {
             let entry = &mut self.entries[slot];
             let data = u64::from(entry.generation) << 32 | slot as u64;
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-            entry.connection.reset(id, has_upstream);
+            entry.connection.reset(id, serves);
             entry.readable = true;
             entry.writable = true;
             entry.hung_up = false;

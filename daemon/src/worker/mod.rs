@@ -79,8 +79,21 @@ pub struct WorkerListener {
     pub id: ListenerId,
     /// Bound and listening.
     pub socket: OwnedFd,
-    /// Without one, what is not ours ends with a 4xx.
-    pub has_upstream: bool,
+    /// How its connections are served.
+    pub serves: Serves,
+}
+
+/// How the connections of a listener are served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Serves {
+    /// What is not ours ends with a 4xx.
+    #[default]
+    Alone,
+    /// What is not ours goes to the relay.
+    BeforeProxy,
+    /// Beside the proxy: one answer, then the end, so that the next request goes to the proxy itself. What is not ours
+    /// goes to the relay, which passes it on or has the client come again.
+    BesideProxy,
 }
 
 /// Running workers.

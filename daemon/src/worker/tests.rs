@@ -66,7 +66,8 @@ impl Site {
             relay = Some((running, recorded));
             handle = handles.into_iter().next();
         }
-        let listener = WorkerListener { id: ListenerId(0), socket, has_upstream: upstream };
+        let serves = if upstream { Serves::BeforeProxy } else { Serves::Alone };
+        let listener = WorkerListener { id: ListenerId(0), socket, serves };
         let setup = WorkerSetup {
             index: 0,
             cpu: None,
@@ -559,7 +560,7 @@ fn one_worker_that_cannot_start_stops_all() {
             tables.into_iter().zip([good, bad]).enumerate().map(|(index, (tables, socket))| WorkerSetup {
                 index,
                 cpu: None,
-                listeners: vec![WorkerListener { id: ListenerId(0), socket, has_upstream: false }],
+                listeners: vec![WorkerListener { id: ListenerId(0), socket, serves: Serves::Alone }],
                 tables,
                 relay: None,
                 stats: Arc::new(WorkerStats::new(1)),

@@ -8,7 +8,7 @@
 //! word if all goes well.
 
 use super::{
-    WorkerListener,
+    Serves, WorkerListener,
     buffers::{self, Buffers},
     connection::{Connection, Step, Wait},
     shared::{ACCEPT_BACKOFF, HANDOFF_RETRY, Shared},
@@ -275,7 +275,7 @@ struct Entry {
 #[derive(Debug)]
 struct Listener {
     id: ListenerId,
-    has_upstream: bool,
+    serves: Serves,
     socket: Option<OwnedFd>,
     armed: usize,
 }
@@ -341,8 +341,8 @@ impl Uring {
             .into_iter()
             .map(|listener| {
                 rustix::io::ioctl_fionbio(&listener.socket, false)?;
-                let WorkerListener { id, socket, has_upstream } = listener;
-                Ok(Listener { id, has_upstream, socket: Some(socket), armed: 0 })
+                let WorkerListener { id, socket, serves } = listener;
+                Ok(Listener { id, serves, socket: Some(socket), armed: 0 })
             })
             .collect::<io::Result<_>>()?;
         Ok(Self {
@@ -947,8 +947,8 @@ impl Uring {
         };
         let entry = &mut self.entries[slot];
         entry.listener = listener as u16;
-        let Listener { id, has_upstream, .. } = self.listeners[listener];
-        entry.connection().reset(id, has_upstream);
+        let Listener { id, serves, .. } = self.listeners[listener];
+        entry.connection().reset(id, serves);
         Some(slot)
     }
 

@@ -1,0 +1,290 @@
+//! The maps from user space: typed, each with what may be done to it.
+#![forbid(unsafe_code)]
+
+use std::{
+    borrow::BorrowMut,
+    collections::{HashMap as StdMap, HashSet},
+    net::{IpAddr, Ipv6Addr},
+    os::fd::AsRawFd,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, SockMap},
+};
+use preflightd_common::{
+    abi::{Config, Endpoint, Host, Interface, MAX_PORTS, Service, event, fail_open, kind, swept},
+    preflight::{line_of, mark},
+};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::Error;
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// How long a request that a worker turned away goes to the proxy.
+const MARKED: Duration = Duration::from_mins(1);
+
+/// All maps but those that only the programs use.
+pub(super) struct Maps {
+    ports: Array<MapData, u64>,
+    config: Array<MapData, Config>,
+    heartbeat: Array<MapData, u64>,
+    keys: Array<MapData, [u64; 2]>,
+    served: HashMap<MapData, Endpoint, Service>,
+    interfaces: HashMap<MapData, u32, Interface>,
+    sockets: SockMap<MapData>,
+    hosts: HashMap<MapData, Host, u32>,
+    marks: Marks,
+    events: PerCpuArray<MapData, u64>,
+    fail_opens: PerCpuArray<MapData, u64>,
+    port_counts: PerCpuArray<MapData, u64>,
+    swept: Array<MapData, u32>,
+}
+
+impl Maps {
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        let mut of = |name: &str| ebpf.take_map(name).expect("the object has this map");
+        let mut taken = || {
+            Ok(Self {
+                ports: of("PORTS").try_into()?,
+                config: of("CONFIG").try_into()?,
+                heartbeat: of("HEARTBEAT").try_into()?,
+                keys: of("KEYS").try_into()?,
+                served: of("SERVED").try_into()?,
+                interfaces: of("INTERFACES").try_into()?,
+                sockets: of("SOCKETS").try_into()?,
+                hosts: of("HOSTS").try_into()?,
+                marks: Marks::new(of("MARKS"))?,
+                events: of("EVENTS").try_into()?,
+                fail_opens: of("FAIL_OPENS").try_into()?,
+                port_counts: of("PORT_COUNTS").try_into()?,
+                swept: of("SWEPT").try_into()?,
+            })
+        };
+        taken().map_err(failed("use the eBPF maps"))
+    }
+
+    pub(super) fn config(&self) -> Result<Config> {
+        self.config.get(&0, 0).map_err(failed("read CONFIG"))
+    }
+
+    pub(super) fn set_config(&mut self, config: Config) -> Result<()> {
+        self.config.set(0, config, 0).map_err(failed("write CONFIG"))
+    }
+
+    /// Tells the programs that the daemon is well; `false`: that it is not any more.
+    pub(super) fn beat(&mut self, well: bool) -> Result<()> {
+        self.heartbeat.set(0, if well { monotonic() } else { 0 }, 0).map_err(failed("write HEARTBEAT"))
+    }
+
+    pub(super) fn set_key(&mut self, which: u32, key: [u64; 2]) -> Result<()> {
+        self.keys.set(which, key, 0).map_err(failed("write KEYS"))
+    }
+
+    /// Serves these, and nothing else.
+    pub(super) fn serve(&mut self, services: &StdMap<Endpoint, Service>) -> Result<()> {
+        replace(&mut self.served, services).map_err(failed("write SERVED"))?;
+        let mut bits = [0_u64; 1024];
+        for endpoint in services.keys() {
+            let port = u16::from_be(endpoint.port);
+            bits[usize::from(port >> 6)] |= 1 << (port & 63);
+        }
+        (0..)
+            .zip(bits)
+            .try_for_each(|(index, bits)| {
+                let old = self.ports.get(&index, 0)?;
+                if old == bits { Ok(()) } else { self.ports.set(index, bits, 0) }
+            })
+            .map_err(failed("write PORTS"))
+    }
+
+    /// Serves one more, for a while.
+    pub(super) fn add_service(&mut self, endpoint: Endpoint, service: Service) -> Result<()> {
+        let port = u16::from_be(endpoint.port);
+        let mut add = || {
+            self.served.insert(endpoint, service, 0)?;
+            let bits = self.ports.get(&u32::from(port >> 6), 0)?;
+            self.ports.set(u32::from(port >> 6), bits | 1 << (port & 63), 0)
+        };
+        add().map_err(failed("write SERVED"))
+    }
+
+    /// The next [`Maps::serve`] clears its port.
+    pub(super) fn remove_service(&mut self, endpoint: Endpoint) -> Result<()> {
+        self.served.remove(&endpoint).map_err(failed("write SERVED"))
+    }
+
+    pub(super) fn add_host(&mut self, host: Host) -> Result<()> {
+        self.hosts.insert(host, 1, 0).map_err(failed("write HOSTS"))
+    }
+
+    pub(super) fn remove_host(&mut self, host: Host) -> Result<()> {
+        self.hosts.remove(&host).map_err(failed("write HOSTS"))
+    }
+
+    pub(super) fn set_interfaces(&mut self, interfaces: &StdMap<u32, Interface>) -> Result<()> {
+        replace(&mut self.interfaces, interfaces).map_err(failed("write INTERFACES"))
+    }
+
+    pub(super) fn set_hosts(&mut self, hosts: &HashSet<Host>) -> Result<()> {
+        let wanted = hosts.iter().map(|host| (*host, 1)).collect();
+        replace(&mut self.hosts, &wanted).map_err(failed("write HOSTS"))
+    }
+
+    pub(super) fn set_socket(&mut self, slot: u32, socket: &impl AsRawFd) -> Result<()> {
+        self.sockets.set(slot, socket, 0).map_err(failed("put a worker's socket into SOCKETS"))
+    }
+
+    pub(super) fn clear_socket(&mut self, slot: u32) {
+        // It may be gone already: a socket that is closed leaves the map by itself.
+        let _ = self.sockets.clear_index(&slot);
+    }
+
+    pub(super) fn marks(&self) -> Marks {
+        self.marks.clone()
+    }
+
+    /// Of the first `rows` ports.
+    pub(super) fn counts(&self, rows: u32) -> Result<Counts> {
+        let read = || {
+            Ok(Counts {
+                events: sums(&self.events, event::SLOTS)?,
+                fail_opens: sums(&self.fail_opens, fail_open::SLOTS)?,
+                ports: sums(&self.port_counts, rows * kind::SLOTS)?,
+            })
+        };
+        read().map_err(failed("read the counters"))
+    }
+
+    /// Sets a port's counters to zero, for it is another port than before.
+    pub(super) fn clear_row(&mut self, row: u32) -> Result<()> {
+        let cpus =
+            aya::util::nr_cpus().map_err(|(what, error)| Error::new(what, super::PRIVILEGES)(error))?;
+        let mut clear = || {
+            for column in 0..kind::SLOTS {
+                let zeros = PerCpuValues::try_from(vec![0; cpus])?;
+                self.port_counts.set(row * kind::SLOTS + column, zeros, 0)?;
+            }
+            Ok(())
+        };
+        clear().map_err(failed("clear a port's counters"))
+    }
+
+    pub(super) fn prepare_sweep(&mut self) -> Result<()> {
+        (0..MAX_PORTS)
+            .try_for_each(|row| self.swept.set(swept::SLOTS + row, 0, 0))
+            .map_err(failed("prepare a sweep"))
+    }
+
+    pub(super) fn swept(&self) -> Result<Swept> {
+        let read = || {
+            let slots: Vec<u32> = self.swept.iter().collect::<std::result::Result<_, _>>()?;
+            let (slots, silent) = slots.split_at(swept::SLOTS as usize);
+            Ok(Swept { slots: slots.to_vec(), silent: silent.to_vec() })
+        };
+        read().map_err(failed("read what a sweep found"))
+    }
+}
+
+/// What the programs counted, over all CPUs.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// By the slots of [`event`].
+    pub events: Vec<u64>,
+    /// By the slots of [`fail_open`].
+    pub fail_opens: Vec<u64>,
+    /// By row and the slots of [`kind`].
+    pub ports: Vec<u64>,
+}
+
+impl Counts {
+    /// Events of this slot.
+    pub fn event(&self, slot: u32) -> u64 {
+        self.events.get(slot as usize).copied().unwrap_or(0)
+    }
+
+    /// What connections to the port of this row turned out to be.
+    pub fn port(&self, row: u32, kind: u32) -> u64 {
+        self.ports.get((row * kind::SLOTS + kind) as usize).copied().unwrap_or(0)
+    }
+}
+
+/// What a sweep found.
+pub(super) struct Swept {
+    /// By the slots of [`swept`].
+    pub(super) slots: Vec<u32>,
+    /// Silent clients by row.
+    pub(super) silent: Vec<u32>,
+}
+
+/// Requests that a worker turned away: the client's next attempt goes to the proxy.
+#[derive(Clone, Debug)]
+pub struct Marks(Arc<Mutex<HashMap<MapData, u64, u64>>>);
+
+impl Marks {
+    fn new(map: Map) -> std::result::Result<Self, MapError> {
+        Ok(Self(Arc::new(Mutex::new(map.try_into()?))))
+    }
+
+    /// Marks the request that `bytes` begin with, of the client at `address`.
+    ///
+    /// # Errors
+    /// The kernel refuses the entry, or the request line is too long to be told from others.
+    pub fn mark(&self, address: IpAddr, bytes: &[u8]) -> Result<()> {
+        let line = line_of(bytes)
+            .ok_or("its line is too long")
+            .map_err(Error::new("mark a request", "let it be"))?;
+        let until = monotonic() + MARKED.as_nanos() as u64;
+        let mut map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        map.insert(mark(line, &words(address)), until, 0).map_err(failed("mark a request"))
+    }
+}
+
+/// An address as in [`preflightd_common::abi::Flow`].
+pub(super) fn words(address: IpAddr) -> [u32; 4] {
+    let v6: Ipv6Addr = match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    };
+    let bytes = v6.octets();
+    std::array::from_fn(|i| {
+        u32::from_ne_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+    })
+}
+
+/// Nanoseconds of the clock that the programs read.
+pub(super) fn monotonic() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+/// Brings a map to what is wanted: first what is new, then away with the rest.
+fn replace<M: BorrowMut<MapData>, K: Pod + Eq + std::hash::Hash, V: Pod + PartialEq>(
+    map: &mut HashMap<M, K, V>,
+    wanted: &StdMap<K, V>,
+) -> std::result::Result<(), MapError> {
+    let present: StdMap<K, V> = map.iter().collect::<std::result::Result<_, _>>()?;
+    for (key, value) in wanted {
+        if present.get(key) != Some(value) {
+            map.insert(key, value, 0)?;
+        }
+    }
+    for key in present.keys().filter(|key| !wanted.contains_key(key)) {
+        match map.remove(key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn sums(map: &PerCpuArray<MapData, u64>, slots: u32) -> std::result::Result<Vec<u64>, MapError> {
+    (0..slots).map(|slot| Ok(map.get(&slot, 0)?.iter().sum())).collect()
+}
+
+fn failed(what: &str) -> impl FnOnce(MapError) -> Error {
+    Error::new(what.to_owned(), super::PRIVILEGES)
+}

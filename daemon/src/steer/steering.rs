@@ -1,0 +1,1155 @@
+//! The daemon's hand on the programs: brings them up, keeps them informed, and lets go of them.
+#![forbid(unsafe_code)]
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
+        links::{FdLink, PinnedLink},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
+    },
+    util::KernelVersion,
+};
+use preflightd_common::{
+    abi::{
+        self, Endpoint, Host, MAX_PORTS, MAX_SERVED, MAX_SOCKETS, Service as AbiService, config_flags, event,
+        host_kind, kind, state, swept,
+    },
+    preflight::HostHash,
+};
+
+use super::{
+    Counts, Error, Marks, firewall,
+    interfaces::{self, Interface},
+    maps::{Maps, Swept, words},
+    netns::Netns,
+    object::{self, Fitted},
+    pins::Pins,
+    self_test::Stage,
+    sysctl::Sysctls,
+};
+use crate::{
+    config::{Engage, Firewall, Position, Steer, SteerMode},
+    policy::{HostPattern, ListenerId, PolicySpec},
+    worker::listen,
+};
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// How often a new secret signs the cookies; the one before stays good as long.
+const KEY_LIFE: Duration = Duration::from_mins(10);
+/// How often interfaces, settings and links are looked at even if nothing was told of them.
+const LOOK: Duration = Duration::from_secs(5);
+/// How often firewall rules are looked at.
+const FIREWALL: Duration = Duration::from_secs(10);
+/// How often entries that nobody goes on with are swept out, in calm and while the map fills up.
+const SWEEP: Duration = Duration::from_secs(10);
+const SWEEP_PRESSED: Duration = Duration::from_secs(1);
+/// Over what time rates are measured.
+const WINDOW: Duration = Duration::from_secs(1);
+/// How long it must be calm until a storm is over.
+const CALM: Duration = Duration::from_secs(10);
+/// What is not ours on a port is judged over this time, from so many connections on.
+const JUDGED: Duration = Duration::from_secs(10);
+const JUDGED_FROM: u64 = 8;
+/// Cookies that each CPU checks in a second while entries are being evicted.
+const COOKIE_BUDGET: u32 = 1000;
+/// The slot, listener and row of the self-test.
+const TEST_SLOT: u32 = MAX_SOCKETS - 1;
+const TEST_LISTENER: u32 = u32::MAX;
+const TEST_ROW: u32 = MAX_PORTS - 1;
+
+/// A port of the proxy that is steered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// The listener of the configuration.
+    pub listener: ListenerId,
+    /// Its name.
+    pub name: String,
+    /// Where the proxy listens. An unspecified address stands for all addresses of the node; `[::]` for those of IPv4
+    /// too, unless another service has them.
+    pub address: SocketAddr,
+    /// Further IP addresses by which clients rightly call it.
+    pub literals: Vec<IpAddr>,
+}
+
+/// What the programs do at present.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nothing is deferred or counted.
+    Off,
+    /// Connections are counted.
+    Observing,
+    /// New connections are deferred.
+    Steering,
+    /// Another daemon, or `preflightd detach`, has taken the programs over.
+    Replaced,
+}
+
+impl State {
+    /// All of them.
+    pub const ALL: [State; 4] = [State::Off, State::Observing, State::Steering, State::Replaced];
+
+    /// The metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Off => "off",
+            State::Observing => "observing",
+            State::Steering => "steering",
+            State::Replaced => "replaced",
+        }
+    }
+}
+
+/// What can be told of steering.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What is done.
+    pub state: State,
+    /// Why no more than that, or what else is to be known.
+    pub reasons: Vec<String>,
+    /// Interfaces that have the program.
+    pub interfaces: Vec<String>,
+    /// The ports.
+    pub ports: Vec<PortReport>,
+    /// Counters.
+    pub counts: Counts,
+    /// Connections that wait for their first data, about.
+    pub pending: u64,
+    /// So many fit.
+    pub max_pending: u32,
+}
+
+impl Report {
+    /// For people and scripts.
+    pub fn json(&self) -> serde_json::Value {
+        let ports = self.ports.iter().map(|port| {
+            let counts = (0..).zip(kind::NAMES).map(|(slot, name)| {
+                ((*name).to_owned(), serde_json::Value::from(self.counts.port(port.row, slot)))
+            });
+            serde_json::json!({
+                "port": port.port,
+                "listeners": port.listeners,
+                "disengaged": port.disengaged,
+                "connections": counts.collect::<serde_json::Map<_, _>>(),
+            })
+        });
+        serde_json::json!({
+            "state": self.state.as_str(),
+            "reasons": self.reasons,
+            "interfaces": self.interfaces,
+            "ports": ports.collect::<Vec<_>>(),
+            "pending": self.pending,
+            "max_pending": self.max_pending,
+        })
+    }
+}
+
+/// What can be told of a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortReport {
+    /// The port.
+    pub port: u16,
+    /// Its row of [`Counts::ports`].
+    pub row: u32,
+    /// The listeners' names.
+    pub listeners: Vec<String>,
+    /// Why its connections are not deferred any more.
+    pub disengaged: Option<String>,
+}
+
+/// Everything of one network namespace.
+pub struct Steering {
+    options: Steer,
+    netns: Netns,
+    services: Vec<Service>,
+    /// Ports and their rows.
+    rows: BTreeMap<u16, Row>,
+    workers: u32,
+    ebpf: Ebpf,
+    maps: Maps,
+    pins: Option<Pins>,
+    cannot_steer: Option<String>,
+    time_wait: bool,
+    owner: u32,
+    config: abi::Config,
+    sysctls: Sysctls,
+    /// All that are known, and those that have the program.
+    known: Vec<Interface>,
+    attached: BTreeMap<u32, Attached>,
+    program: &'static str,
+    engaged: bool,
+    tested: std::result::Result<(), String>,
+    sockets: Vec<(u32, OwnedFd)>,
+    obstacles: Vec<String>,
+    looking: Option<mpsc::Receiver<std::result::Result<Vec<String>, String>>>,
+    replaced: bool,
+    max_pending: u32,
+    times: Times,
+    counts: Counts,
+    /// Counters of a while ago, for rates.
+    earlier: (Instant, u64),
+    judged: (Instant, Counts),
+    storm: Storm,
+    pending: Occupancy,
+    /// Told already, so that nothing is told twice.
+    told: Option<(State, Vec<String>)>,
+}
+
+struct Row {
+    row: u32,
+    disengaged: Option<String>,
+}
+
+struct Attached {
+    name: String,
+    /// Where the kernel tells of the link; empty: there is no link to look at.
+    info: PathBuf,
+    /// Somebody else took the program off.
+    removed: bool,
+    _link: Option<PinnedLink>,
+}
+
+struct Times {
+    key: Instant,
+    look: Instant,
+    firewall: Instant,
+    sweep: Instant,
+}
+
+/// Whether there is a storm.
+#[derive(Debug)]
+struct Storm {
+    on: bool,
+    /// Preflights per second.
+    rate: f64,
+    calm_since: Option<Instant>,
+}
+
+/// How full `PENDING` is, about: evictions are not told.
+#[derive(Debug, Default)]
+struct Occupancy {
+    /// Entries that the last sweep left, and the balance of insertions and removals at that time.
+    swept: u64,
+    balance: i64,
+    now: u64,
+    silent: Vec<u32>,
+}
+
+impl Steering {
+    /// Loads the programs, or takes over what an earlier daemon pinned. Nothing is attached yet.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, the kernel refuses the maps, or bpffs is missing.
+    pub fn open(options: &Steer, services: Vec<Service>, workers: usize) -> Result<Self> {
+        let netns = Netns::open(&options.netns)?;
+        let tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
+        let rows = rows(&services)?;
+        let workers = workers as u32;
+        let needed = services.len() as u32 * 2 * workers;
+        if needed >= MAX_SOCKETS {
+            let what = format!("steer {} listeners with {workers} workers", services.len());
+            return Err(Error::new(what, "use fewer workers (workers.count)")(format!(
+                "that makes {needed} sockets, of at most {}",
+                MAX_SOCKETS - 1
+            )));
+        }
+        let sysctls =
+            netns.enter(Sysctls::read)?.map_err(Error::new("read the kernel's settings", "mount /proc"))?;
+        // Without a link there is nothing that could outlive us.
+        let pins = if tcx { Some(Pins::open(&options.pin_dir, netns.number()?)?) } else { None };
+        let Fitted { mut ebpf, cannot_steer, time_wait } =
+            object::load(pins.as_ref().map(Pins::directory), options.max_pending)?;
+        let mut cannot_steer = cannot_steer.map(|error| error.to_string());
+        if cannot_steer.is_none()
+            && let Err(error) = object::load_program(&mut ebpf, "steer")
+        {
+            cannot_steer = Some(error.to_string());
+        }
+        let program = if cannot_steer.is_none() { "steer" } else { "observe" };
+        object::load_program(&mut ebpf, program)?;
+        object::load_program(&mut ebpf, "sweep_pending")?;
+        let maps = Maps::take(&mut ebpf)?;
+        let counts = maps.counts(rows.len() as u32)?;
+        let now = Instant::now();
+        let preflights = preflights(&counts);
+        Ok(Self {
+            options: options.clone(),
+            netns,
+            services,
+            rows,
+            workers,
+            ebpf,
+            maps,
+            pins,
+            cannot_steer,
+            time_wait,
+            owner: 0,
+            config: abi::Config::default(),
+            sysctls,
+            known: Vec::new(),
+            attached: BTreeMap::new(),
+            program,
+            engaged: false,
+            tested: Ok(()),
+            sockets: Vec::new(),
+            obstacles: Vec::new(),
+            looking: None,
+            replaced: false,
+            max_pending: options.max_pending,
+            times: Times { key: now, look: now, firewall: now, sweep: now },
+            judged: (now, counts.clone()),
+            counts,
+            earlier: (now, preflights),
+            storm: Storm { on: false, rate: 0.0, calm_since: None },
+            pending: Occupancy::default(),
+            told: None,
+        })
+    }
+
+    /// Makes the listening sockets of the workers, in the served namespace: for each worker those of all services.
+    ///
+    /// # Errors
+    /// A socket cannot be made.
+    pub fn listen(&mut self) -> Result<Vec<Vec<(ListenerId, OwnedFd)>>> {
+        let mut all: Vec<_> = (0..self.workers).map(|_| Vec::new()).collect();
+        if self.cannot_steer.is_some() {
+            return Ok(all);
+        }
+        let failed = |error: std::io::Error| {
+            Error::new("make a worker's listening socket", "bring up loopback (`ip link set lo up`)")(error)
+        };
+        for (index, service) in self.services.iter().enumerate() {
+            for (family, address) in
+                [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)].iter().enumerate()
+            {
+                for (worker, sockets) in all.iter_mut().enumerate() {
+                    let socket = match self.netns.enter(|| listen::open(SocketAddr::new(*address, 0)))? {
+                        Ok(socket) => socket,
+                        // A node without IPv6 has no clients that speak it.
+                        Err(_) if address.is_ipv6() => continue,
+                        Err(error) => return Err(failed(error)),
+                    };
+                    let slot = self.slot(index, family) + worker as u32;
+                    let ours = socket.as_fd().try_clone_to_owned().map_err(failed)?;
+                    self.sockets.push((slot, ours));
+                    sockets.push((service.listener, socket));
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// What workers mark requests with that they turn away.
+    pub fn marks(&self) -> Marks {
+        self.maps.marks()
+    }
+
+    /// Brings everything up: the workers accept already, and answer by these policies.
+    ///
+    /// # Errors
+    /// The kernel refuses a map or the program; a named interface does not exist.
+    pub fn engage(&mut self, policies: &[PolicySpec]) -> Result<()> {
+        let earlier = self.maps.config()?;
+        self.owner = loop {
+            let number: u32 = random()?;
+            if number != 0 && number != earlier.owner {
+                break number;
+            }
+        };
+        // An earlier daemon's key stays good; ours is new.
+        let key = 1 - (earlier.key & 1);
+        self.maps.set_key(key, random()?)?;
+        self.config = abi::Config { owner: self.owner, key, ..earlier };
+        for row in self.rows.values() {
+            if earlier.owner == 0 {
+                self.maps.clear_row(row.row)?;
+            }
+        }
+        self.counts = self.maps.counts(self.rows.len() as u32)?;
+        self.earlier = (Instant::now(), preflights(&self.counts));
+        self.judged = (Instant::now(), self.counts.clone());
+        self.set_policies(policies)?;
+        for (slot, socket) in std::mem::take(&mut self.sockets) {
+            self.maps.set_socket(slot, &socket)?;
+        }
+        self.look_at_firewall(true)?;
+        self.maps.beat(true)?;
+        self.look(true)?;
+        if self.cannot_steer.is_none() && self.options.mode == SteerMode::Steer && self.options.self_test {
+            self.tested = self.self_test().map_err(|error| error.to_string());
+        }
+        self.engaged = true;
+        self.apply()
+    }
+
+    /// New policies: their hosts.
+    ///
+    /// # Errors
+    /// The kernel refuses the map.
+    pub fn set_policies(&mut self, policies: &[PolicySpec]) -> Result<()> {
+        self.maps.set_hosts(&hosts(&self.services, policies))
+    }
+
+    /// A new configuration: mode, engagement and share take effect at once.
+    ///
+    /// # Errors
+    /// The kernel refuses a map.
+    pub fn set_options(&mut self, options: &Steer) -> Result<()> {
+        let Steer { mode, engage, storm_above, storm_below, percent, firewall, .. } = options.clone();
+        self.options =
+            Steer { mode, engage, storm_above, storm_below, percent, firewall, ..self.options.clone() };
+        self.look_at_firewall(true)?;
+        self.apply()
+    }
+
+    /// What must be done several times a second. Nothing here may take long: the heartbeat is here.
+    ///
+    /// # Errors
+    /// The kernel refuses a map: the programs then see no heartbeat, and defer nothing.
+    pub fn tick(&mut self) -> Result<()> {
+        if self.replaced || !self.engaged {
+            return Ok(());
+        }
+        if self.maps.config()?.owner != self.owner {
+            self.replaced = true;
+            self.attached.clear();
+            self.tell();
+            return Ok(());
+        }
+        self.maps.beat(true)?;
+        let now = Instant::now();
+        self.counts = self.maps.counts(self.rows.len() as u32)?;
+        self.measure(now);
+        self.judge(now);
+        let pressed = self.config.flags & config_flags::PRESSURE != 0 || self.fill() > 0.5;
+        if now >= self.times.sweep + if pressed { SWEEP_PRESSED } else { SWEEP } {
+            self.times.sweep = now;
+            self.sweep()?;
+        }
+        if now >= self.times.key + KEY_LIFE {
+            self.times.key = now;
+            let key = 1 - (self.config.key & 1);
+            self.maps.set_key(key, random()?)?;
+            self.config.key = key;
+        }
+        if now >= self.times.look + LOOK {
+            self.look(false)?;
+        }
+        self.look_at_firewall(false)?;
+        self.apply()
+    }
+
+    /// Interfaces, addresses or routes have changed.
+    ///
+    /// # Errors
+    /// As [`Steering::tick`].
+    pub fn changed(&mut self) -> Result<()> {
+        if self.replaced || !self.engaged {
+            return Ok(());
+        }
+        self.look(false)?;
+        self.apply()
+    }
+
+    /// Whether what is asked for works: the self-test passed.
+    pub fn is_well(&self) -> bool {
+        self.tested.is_ok()
+    }
+
+    /// The served namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// Lets go: nothing new is deferred, and no worker gets another connection. What was begun is finished by the
+    /// programs, which stay where they are.
+    pub fn release(&mut self) {
+        if self.replaced || !self.engaged {
+            return;
+        }
+        self.engaged = false;
+        self.config.state = state::OFF;
+        let done = self.maps.set_config(self.config).and_then(|()| self.maps.beat(false));
+        if let Err(error) = done {
+            // Within a second they see it by themselves.
+            tracing::warn!(%error, "cannot tell the eBPF programs that the daemon ends");
+        }
+        for index in 0..self.services.len() {
+            for slot in self.slot(index, 0)..self.slot(index + 1, 0) {
+                self.maps.clear_socket(slot);
+            }
+        }
+    }
+
+    /// What can be told.
+    pub fn report(&self) -> Report {
+        let ports = self.rows.iter().map(|(port, row)| PortReport {
+            port: *port,
+            row: row.row,
+            listeners: self
+                .services
+                .iter()
+                .filter(|s| s.address.port() == *port)
+                .map(|s| s.name.clone())
+                .collect(),
+            disengaged: row.disengaged.clone(),
+        });
+        Report {
+            state: self.state(),
+            reasons: self.reasons(),
+            interfaces: self.attached.values().filter(|a| !a.removed).map(|a| a.name.clone()).collect(),
+            ports: ports.collect(),
+            counts: self.counts.clone(),
+            pending: self.pending.now,
+            max_pending: self.max_pending,
+        }
+    }
+
+    fn state(&self) -> State {
+        match (self.replaced, self.config.state) {
+            (true, _) => State::Replaced,
+            (_, state::DEFER) => State::Steering,
+            (_, state::OBSERVE) => State::Observing,
+            _ => State::Off,
+        }
+    }
+
+    /// Why not more is done.
+    fn reasons(&self) -> Vec<String> {
+        if self.replaced {
+            return vec!["another daemon or `preflightd detach` has taken the eBPF programs over".to_owned()];
+        }
+        let mut reasons = Vec::new();
+        if self.options.mode == SteerMode::Steer {
+            reasons.extend(self.cannot_steer.clone());
+            if self.sysctls.syncookies == 0 {
+                reasons.push(
+                    "net.ipv4.tcp_syncookies is 0, and the kernel makes no connection that it has not begun: set it to 1"
+                        .to_owned(),
+                );
+            }
+            if self.options.firewall == Firewall::Refuse {
+                reasons.extend(self.obstacles.iter().cloned());
+            }
+            if let Err(error) = &self.tested {
+                reasons.push(format!("the self-test failed: {error}"));
+            }
+            if reasons.is_empty() && self.options.engage == Engage::Storm && !self.storm.on {
+                reasons.push(format!(
+                    "calm: {:.0} preflights a second, and deferral begins above {}",
+                    self.storm.rate, self.options.storm_above
+                ));
+            }
+        }
+        for attached in self.attached.values().filter(|attached| attached.removed) {
+            reasons.push(format!(
+                "the program was taken off {} by somebody else: restart the daemon to put it back",
+                attached.name
+            ));
+        }
+        if self.attached.is_empty() && self.options.mode != SteerMode::Off {
+            reasons.push("no interface has the program: name some in steer.interfaces".to_owned());
+        }
+        reasons
+    }
+
+    fn may_defer(&self) -> bool {
+        self.cannot_steer.is_none()
+            && self.sysctls.syncookies != 0
+            && (self.options.firewall == Firewall::Ignore || self.obstacles.is_empty())
+            && self.tested.is_ok()
+            && match self.options.engage {
+                Engage::Always => true,
+                Engage::Storm => self.storm.on,
+            }
+    }
+
+    /// Tells the programs what is to be done.
+    fn apply(&mut self) -> Result<()> {
+        let state = match self.options.mode {
+            SteerMode::Off => state::OFF,
+            SteerMode::Steer if self.may_defer() => state::DEFER,
+            SteerMode::Observe | SteerMode::Steer => state::OBSERVE,
+        };
+        let flag = |on: bool, flag: u32| if on { flag } else { 0 };
+        let sysctls = &self.sysctls;
+        let pressure =
+            self.fill() > if self.config.flags & config_flags::PRESSURE == 0 { 0.875 } else { 0.75 };
+        let config = abi::Config {
+            state,
+            flags: flag(sysctls.timestamps, config_flags::TIMESTAMPS)
+                | flag(sysctls.sack, config_flags::SACK)
+                | flag(sysctls.window_scaling, config_flags::WINDOW_SCALING)
+                | flag(sysctls.ecn != 0, config_flags::ECN)
+                | flag(sysctls.ecn > 2, config_flags::ACCURATE_ECN)
+                | flag(pressure, config_flags::PRESSURE)
+                | flag(self.time_wait, config_flags::TIME_WAIT),
+            percent: self.options.percent,
+            key: self.config.key,
+            window: u32::from(sysctls.syn_window()),
+            window_scale: if sysctls.window_scaling { u32::from(sysctls.rcv_wscale()) } else { 0 },
+            cookie_budget: COOKIE_BUDGET,
+            owner: self.owner,
+        };
+        if config != self.config || self.told.is_none() {
+            self.config = config;
+            self.maps.set_config(config)?;
+        }
+        self.serve()?;
+        self.tell();
+        Ok(())
+    }
+
+    /// Says once what has changed.
+    fn tell(&mut self) {
+        let mut now = (self.state(), self.reasons());
+        // A rate is no news.
+        now.1.retain(|reason| !reason.starts_with("calm: "));
+        if self.told.as_ref() == Some(&now) {
+            return;
+        }
+        let interfaces: Vec<_> = self.attached.values().map(|attached| &*attached.name).collect();
+        let ports: Vec<_> = self.rows.keys().collect();
+        match now.0 {
+            State::Steering => tracing::info!(?interfaces, ?ports, "steering"),
+            state => tracing::info!(?interfaces, ?ports, "not steering: {}", state.as_str()),
+        }
+        for reason in &now.1 {
+            tracing::warn!("{reason}");
+        }
+        self.told = Some(now);
+    }
+
+    /// First socket slot of a service and address family (0: IPv4).
+    fn slot(&self, service: usize, family: usize) -> u32 {
+        (service * 2 + family) as u32 * self.workers
+    }
+
+    /// Tells the programs where clients connect, as of the interfaces that are known.
+    fn serve(&mut self) -> Result<()> {
+        let mut served = HashMap::new();
+        let v4_served: HashSet<u16> =
+            self.services.iter().filter(|s| s.address.is_ipv4()).map(|s| s.address.port()).collect();
+        for (index, service) in self.services.iter().enumerate() {
+            let bound = service.address.ip();
+            let port = service.address.port();
+            let row = &self.rows[&port];
+            let all = self.known.iter().flat_map(|interface| interface.addresses.iter().copied());
+            let addresses: Vec<IpAddr> = match bound {
+                IpAddr::V4(Ipv4Addr::UNSPECIFIED) => all.filter(IpAddr::is_ipv4).collect(),
+                IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
+                    all.filter(|address| address.is_ipv6() || !v4_served.contains(&port)).collect()
+                }
+                address => vec![address],
+            };
+            for address in addresses {
+                let value = AbiService {
+                    listener: u32::from(service.listener.0),
+                    row: row.row,
+                    first_socket: self.slot(index, usize::from(address.is_ipv6())),
+                    sockets: self.workers,
+                    engaged: u32::from(row.disengaged.is_none() && self.tested.is_ok() && self.engaged),
+                };
+                // An address that is named goes before "all addresses".
+                if bound.is_unspecified() {
+                    served.entry(endpoint(address, port)).or_insert(value);
+                } else {
+                    served.insert(endpoint(address, port), value);
+                }
+            }
+        }
+        if served.len() > MAX_SERVED as usize {
+            let what = format!("serve {} addresses and ports", served.len());
+            return Err(Error::new(what, "name the address of each listener")(format!(
+                "at most {MAX_SERVED} fit"
+            )));
+        }
+        self.maps.serve(&served)
+    }
+
+    /// Looks at interfaces, settings and links, and attaches where the program is missing.
+    fn look(&mut self, first: bool) -> Result<()> {
+        self.times.look = Instant::now();
+        self.known = interfaces::list(&self.netns)?;
+        if let Ok(Ok(sysctls)) = self.netns.enter(Sysctls::read) {
+            self.sysctls = sysctls;
+        }
+        let named = self.options.interfaces.clone();
+        let wanted: Vec<Interface> = if named.is_empty() {
+            interfaces::automatic(&self.known).into_iter().cloned().collect()
+        } else {
+            self.known.iter().filter(|interface| named.contains(&interface.name)).cloned().collect()
+        };
+        for name in &named {
+            let there = self.known.iter().find(|interface| interface.name == *name);
+            let why = match there {
+                Some(interface) if interface.ethernet || interface.loopback => continue,
+                Some(_) => "its frames are not Ethernet's, and the programs would not understand them",
+                None => "there is none",
+            };
+            if first {
+                let remedy = "check steer.interfaces against `ip link`, or leave it out";
+                return Err(Error::new(format!("steer on the interface {name}"), remedy)(why));
+            }
+        }
+        let table = self.known.iter().map(|interface| (interface.index, for_programs(interface))).collect();
+        self.maps.set_interfaces(&table)?;
+        self.attached.retain(|index, attached| {
+            let there = self.known.iter().any(|i| i.index == *index && i.name == attached.name);
+            if !there && let Some(pins) = &self.pins {
+                pins.unpin(*index);
+            }
+            there
+        });
+        for attached in self.attached.values_mut() {
+            attached.removed |= !is_linked(&attached.info);
+        }
+        if self.options.mode == SteerMode::Off && self.attached.is_empty() {
+            return Ok(());
+        }
+        for interface in &wanted {
+            if self.attached.contains_key(&interface.index) {
+                continue;
+            }
+            match self.attach(interface) {
+                Ok(attached) => {
+                    tracing::info!(interface = interface.name, program = self.program, "attached");
+                    self.attached.insert(interface.index, attached);
+                }
+                // One that vanished meanwhile is no reason to give up.
+                Err(error) if first && named.contains(&interface.name) => return Err(error),
+                Err(error) => tracing::warn!(%error, "an interface stays without the program"),
+            }
+        }
+        // What an earlier daemon left elsewhere.
+        if first && let Some(pins) = &self.pins {
+            for index in pins.linked().into_iter().filter(|index| !self.attached.contains_key(index)) {
+                pins.unpin(index);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the program on an interface: into the link that an earlier daemon left there, else by a new one.
+    fn attach(&mut self, interface: &Interface) -> Result<Attached> {
+        let name = interface.name.clone();
+        let what = format!("attach to the ingress of {name}");
+        let remedy = "run as root, or with CAP_BPF and CAP_NET_ADMIN";
+        let program: &mut SchedClassifier = object::program(&mut self.ebpf, self.program);
+        let Some(pins) = &self.pins else {
+            let attach = || {
+                match tc::qdisc_add_clsact(&name) {
+                    Ok(()) | Err(TcError::AlreadyAttached) => {}
+                    Err(error) => return Err(Error::new(what.clone(), remedy)(error)),
+                }
+                let options = TcAttachOptions::Netlink(NlOptions::default());
+                program
+                    .attach_with_options(&name, TcAttachType::Ingress, options)
+                    .map_err(Error::new(what.clone(), remedy))?;
+                Ok(())
+            };
+            self.netns.enter(attach)??;
+            return Ok(Attached { name, info: PathBuf::new(), removed: false, _link: None });
+        };
+        let adopted = pins.pinned(interface.index).and_then(|pinned| {
+            let link = SchedClassifierLink::try_from(FdLink::from(pinned)).ok()?;
+            // Refused where the interface is another one than then.
+            let id = program.attach_to_link(link).ok()?;
+            program.take_link(id).ok()
+        });
+        let (link, is_new) = match adopted {
+            Some(link) => (link, false),
+            None => {
+                let order = match self.options.position {
+                    Position::First => LinkOrder::first(),
+                    Position::Last => LinkOrder::last(),
+                };
+                let attach = || {
+                    program.attach_with_options(
+                        &name,
+                        TcAttachType::Ingress,
+                        TcAttachOptions::TcxOrder(order),
+                    )
+                };
+                let id = self.netns.enter(attach)?.map_err(Error::new(what.clone(), remedy))?;
+                (program.take_link(id).map_err(Error::new(what.clone(), remedy))?, true)
+            }
+        };
+        let link = FdLink::try_from(link).map_err(Error::new(what.clone(), remedy))?;
+        let id = link.info().map_err(Error::new(what, remedy))?.id();
+        let info = info_of(id);
+        let link = if is_new { Some(pins.pin(interface.index, link)?) } else { pins.pinned(interface.index) };
+        let info = if is_new { info } else { info_of(id) };
+        Ok(Attached { name, info, removed: false, _link: link })
+    }
+
+    /// Looks at the firewall on a thread of its own; `now`: waits for it.
+    fn look_at_firewall(&mut self, now: bool) -> Result<()> {
+        if self.options.mode != SteerMode::Steer || self.options.firewall == Firewall::Ignore {
+            return Ok(());
+        }
+        if now || (self.looking.is_none() && self.times.firewall.elapsed() >= FIREWALL) {
+            self.times.firewall = Instant::now();
+            let (tell, told) = mpsc::channel();
+            let (netns, ports) = (self.netns.clone(), self.rows.keys().copied().collect::<Vec<_>>());
+            let names = self.options.interfaces.clone();
+            let look = move || {
+                let found = match netns.enter(|| {
+                    if names.is_empty() {
+                        firewall::obstacles(&ports)
+                    } else {
+                        firewall::obstacles_at(&ports, &names)
+                    }
+                }) {
+                    Ok(Ok(found)) => Ok(found
+                        .into_iter()
+                        .map(|found| format!("{}: {}; {}", found.place, found.what, found.remedy))
+                        .collect()),
+                    Ok(Err(error)) | Err(error) => Err(error.to_string()),
+                };
+                let _ = tell.send(found);
+            };
+            thread::Builder::new()
+                .name("firewall".into())
+                .spawn(look)
+                .map_err(Error::new("look at the firewall", "allow another thread"))?;
+            self.looking = Some(told);
+        }
+        let Some(looking) = &self.looking else { return Ok(()) };
+        let found = if now {
+            looking.recv().unwrap_or_else(|_| Err("the look at the firewall broke off".into()))
+        } else {
+            match looking.try_recv() {
+                Ok(found) => found,
+                Err(mpsc::TryRecvError::Empty) => return Ok(()),
+                Err(mpsc::TryRecvError::Disconnected) => Err("the look at the firewall broke off".into()),
+            }
+        };
+        self.looking = None;
+        // What cannot be read may hold anything.
+        self.obstacles = found.unwrap_or_else(|error| vec![error]);
+        Ok(())
+    }
+
+    /// One connection each way through the kernel, over loopback.
+    fn self_test(&mut self) -> Result<()> {
+        let failed = |error: std::io::Error| {
+            Error::new("steer a connection of our own over loopback", "see `preflightd probe`")(error)
+        };
+        if !self.known.iter().any(|interface| interface.loopback && interface.up) {
+            return Err(failed(std::io::Error::other("loopback is down (`ip link set lo up`)")));
+        }
+        let families = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+        let program: &mut SchedClassifier = object::program(&mut self.ebpf, "steer");
+        let attach = || {
+            let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+            program.attach_with_options("lo", TcAttachType::Ingress, order)
+        };
+        let what = "attach to loopback for the self-test";
+        let link = self.netns.enter(attach)?.map_err(Error::new(what, super::PRIVILEGES))?;
+        let mut played = Ok(());
+        let there = |ip: &IpAddr| self.known.iter().any(|interface| interface.addresses.contains(ip));
+        let there: Vec<_> = families.into_iter().filter(there).collect();
+        for address in there {
+            played = self.play(address);
+            if played.is_err() {
+                break;
+            }
+        }
+        let program: &mut SchedClassifier = object::program(&mut self.ebpf, "steer");
+        program.detach(link).map_err(Error::new("detach from loopback", super::PRIVILEGES))?;
+        self.maps.clear_socket(TEST_SLOT);
+        played
+    }
+
+    fn play(&mut self, address: IpAddr) -> Result<()> {
+        let failed = |error: std::io::Error| {
+            Error::new("steer a connection of our own over loopback", "see `preflightd probe`")(error)
+        };
+        let stage = self.netns.enter(|| Stage::open(address))?.map_err(failed)?;
+        let at = stage.address().map_err(failed)?;
+        let before = self.maps.counts(self.rows.len() as u32)?;
+        self.maps.set_socket(TEST_SLOT, &stage.worker)?;
+        let service = AbiService {
+            listener: TEST_LISTENER,
+            row: TEST_ROW,
+            first_socket: TEST_SLOT,
+            sockets: 1,
+            engaged: 1,
+        };
+        // The ports of the services come back with the next `apply`; an earlier daemon's are served all the while.
+        self.maps.add_service(endpoint(at.ip(), at.port()), service)?;
+        self.maps.add_host(Host { hash: 0, listener: TEST_LISTENER, kind: host_kind::ANY })?;
+        let config = abi::Config {
+            state: state::DEFER,
+            percent: 100,
+            window: u32::from(self.sysctls.syn_window()),
+            window_scale: u32::from(self.sysctls.rcv_wscale()),
+            flags: self.config.flags & !config_flags::PRESSURE,
+            ..self.config
+        };
+        self.maps.set_config(config)?;
+        self.maps.beat(true)?;
+        let played = self.netns.enter(|| stage.play())?.map_err(failed);
+        self.maps.set_config(self.config)?;
+        self.maps.remove_service(endpoint(at.ip(), at.port()))?;
+        self.maps.remove_host(Host { hash: 0, listener: TEST_LISTENER, kind: host_kind::ANY })?;
+        played?;
+        let after = self.maps.counts(self.rows.len() as u32)?;
+        if after.event(event::SynAck) < before.event(event::SynAck) + 2 {
+            let left: Vec<_> = abi::fail_open::NAMES
+                .iter()
+                .zip(after.fail_opens.iter().zip(&before.fail_opens))
+                .filter(|(_, (after, before))| after > before)
+                .map(|(name, _)| *name)
+                .collect();
+            return Err(failed(std::io::Error::other(format!(
+                "it was left to the kernel: {}",
+                left.join(", ")
+            ))));
+        }
+        Ok(())
+    }
+
+    /// The rate of preflights, and what follows from it.
+    fn measure(&mut self, now: Instant) {
+        let (since, before) = self.earlier;
+        let passed = now.duration_since(since);
+        if passed < WINDOW {
+            return;
+        }
+        let count = preflights(&self.counts);
+        #[expect(clippy::cast_precision_loss, reason = "a rate need not be exact")]
+        let rate = count.saturating_sub(before) as f64 / passed.as_secs_f64();
+        self.earlier = (now, count);
+        self.storm.rate = rate;
+        let options = &self.options;
+        if rate > f64::from(options.storm_above) {
+            if !self.storm.on && options.engage == Engage::Storm {
+                tracing::info!(rate, "a storm of preflights: deferring handshakes");
+            }
+            self.storm.on = true;
+            self.storm.calm_since = None;
+        } else if self.storm.on && rate < f64::from(options.storm_below) {
+            let since = *self.storm.calm_since.get_or_insert(now);
+            if now.duration_since(since) >= CALM {
+                if options.engage == Engage::Storm {
+                    tracing::info!(rate, "the storm is over: not a packet is touched");
+                }
+                self.storm.on = false;
+                self.storm.calm_since = None;
+            }
+        } else {
+            self.storm.calm_since = None;
+        }
+    }
+
+    /// Disengages ports whose connections are not for us to defer.
+    fn judge(&mut self, now: Instant) {
+        if now.duration_since(self.judged.0) < JUDGED {
+            return;
+        }
+        let before = std::mem::replace(&mut self.judged, (now, self.counts.clone())).1;
+        for (port, row) in &mut self.rows {
+            if row.disengaged.is_some() {
+                continue;
+            }
+            let count = |kind| self.counts.port(row.row, kind);
+            let new = |kind| count(kind).saturating_sub(before.port(row.row, kind));
+            let spoken = [kind::Preflight, kind::Options, kind::Other].into_iter();
+            let ours: u64 = spoken.clone().map(new).sum();
+            let foreign = [
+                (kind::Tls, "TLS"),
+                (kind::H2c, "HTTP/2 without TLS"),
+                (kind::ProxyProtocol, "the PROXY protocol"),
+                (kind::ServerFirst, "a server that speaks first"),
+            ];
+            let worst = foreign.into_iter().map(|(kind, name)| (new(kind), name)).max().unwrap_or_default();
+            let silent = self.pending.silent.get(row.row as usize).copied().unwrap_or(0);
+            let ever: u64 = spoken.map(count).sum();
+            row.disengaged = if worst.0 >= JUDGED_FROM && worst.0 >= ours {
+                Some(format!("{} of the last {} connections began with {}", worst.0, worst.0 + ours, worst.1))
+            } else if ever == 0 && u64::from(silent) >= JUDGED_FROM {
+                Some(format!("{silent} clients wait for the server to speak first, and none has ever spoken"))
+            } else {
+                None
+            };
+            if let Some(why) = &row.disengaged {
+                tracing::warn!(
+                    port,
+                    why,
+                    "the port is not steered any more: take it out of the configuration, or restart the daemon"
+                );
+            }
+        }
+    }
+
+    /// How full `PENDING` is, 0 to 1.
+    fn fill(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let fill = self.occupied() as f64 / f64::from(self.max_pending.max(1));
+        fill
+    }
+
+    fn occupied(&self) -> u64 {
+        let since = self.balance() - self.pending.balance;
+        self.pending.swept.saturating_add_signed(since).min(u64::from(self.max_pending))
+    }
+
+    /// Insertions less removals.
+    fn balance(&self) -> i64 {
+        self.counts.event(event::Inserted).cast_signed() - self.counts.event(event::Removed).cast_signed()
+    }
+
+    fn sweep(&mut self) -> Result<()> {
+        self.maps.prepare_sweep()?;
+        let program: &mut SchedClassifier = object::program(&mut self.ebpf, "sweep_pending");
+        // The least that counts as a frame.
+        let frame = [0; 14];
+        let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
+        program
+            .test_run(options)
+            .map_err(Error::new("sweep the map of waiting connections", super::PRIVILEGES))?;
+        let Swept { slots, silent } = self.maps.swept()?;
+        let all = [swept::Observed, swept::Deferred, swept::Acknowledged, swept::Given];
+        self.pending = Occupancy {
+            swept: all.iter().map(|slot| u64::from(slots[*slot as usize])).sum(),
+            balance: self.balance(),
+            now: u64::from(slots[swept::Deferred as usize]) + u64::from(slots[swept::Acknowledged as usize]),
+            silent,
+        };
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Steering {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Steering").field("report", &self.report()).finish_non_exhaustive()
+    }
+}
+
+/// A row for each port.
+fn rows(services: &[Service]) -> Result<BTreeMap<u16, Row>> {
+    let ports: std::collections::BTreeSet<u16> =
+        services.iter().map(|service| service.address.port()).collect();
+    // The last row is the self-test's.
+    if ports.len() as u32 > TEST_ROW {
+        let what = format!("steer {} ports", ports.len());
+        return Err(Error::new(what, "run several daemons")(format!("at most {TEST_ROW} fit")));
+    }
+    Ok(ports.into_iter().zip(0..).map(|(port, row)| (port, Row { row, disengaged: None })).collect())
+}
+
+fn endpoint(address: IpAddr, port: u16) -> Endpoint {
+    Endpoint { address: words(address), port: port.to_be(), zero: 0 }
+}
+
+/// What the programs must know of an interface.
+fn for_programs(interface: &Interface) -> abi::Interface {
+    // Lengths of an IP and a TCP header without options.
+    let mss = |headers: u32| u16::try_from(interface.mtu.saturating_sub(headers)).unwrap_or(u16::MAX);
+    abi::Interface {
+        mss_v4: mss(40).max(536),
+        mss_v6: mss(60).max(1220),
+        symmetric_v4: u16::from(interface.symmetric_v4 || interface.loopback),
+        symmetric_v6: u16::from(interface.symmetric_v6 || interface.loopback),
+    }
+}
+
+/// The hosts of policies by listener.
+fn hosts(services: &[Service], policies: &[PolicySpec]) -> HashSet<Host> {
+    let mut hosts = HashSet::new();
+    for service in services {
+        let listener = u32::from(service.listener.0);
+        let serves = |policy: &&PolicySpec| {
+            policy.enabled && (policy.listeners.is_empty() || policy.listeners.contains(&service.listener))
+        };
+        for pattern in policies.iter().filter(serves).flat_map(|policy| &policy.hosts) {
+            let (kind, hash) = match pattern {
+                HostPattern::Any => {
+                    // An address is a host of "every host" only if it is named as ours.
+                    let own = service.literals.iter().copied().chain([service.address.ip()]);
+                    for address in own.filter(|address| !address.is_unspecified()) {
+                        let text = match address {
+                            IpAddr::V4(v4) => v4.to_string(),
+                            IpAddr::V6(v6) => format!("[{v6}]"),
+                        };
+                        hosts.insert(Host {
+                            hash: HostHash::of(text.as_bytes()),
+                            listener,
+                            kind: host_kind::EXACT,
+                        });
+                    }
+                    (host_kind::ANY, 0)
+                }
+                HostPattern::Exact(host) => (host_kind::EXACT, HostHash::of(host.as_bytes())),
+                HostPattern::Wildcard(suffix) => (host_kind::SUFFIX, HostHash::of(suffix.as_bytes())),
+            };
+            hosts.insert(Host { hash, listener, kind });
+        }
+    }
+    hosts
+}
+
+fn preflights(counts: &Counts) -> u64 {
+    (0..TEST_ROW).map(|row| counts.port(row, kind::Preflight)).sum()
+}
+
+/// Random bytes of the kernel, as a number or several.
+fn random<T: FromRandom>() -> Result<T> {
+    let mut bytes = [0; 16];
+    let failed = Error::new("get random bytes", "allow getrandom(2)");
+    let length =
+        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).map_err(failed)?;
+    if length < bytes.len() {
+        return Err(Error::new("get random bytes", "start anew")("the kernel gave too few"));
+    }
+    Ok(T::from_random(bytes))
+}
+
+trait FromRandom {
+    fn from_random(bytes: [u8; 16]) -> Self;
+}
+
+impl FromRandom for u32 {
+    fn from_random(bytes: [u8; 16]) -> Self {
+        u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    }
+}
+
+impl FromRandom for [u64; 2] {
+    fn from_random(bytes: [u8; 16]) -> Self {
+        let number = u128::from_ne_bytes(bytes);
+        [number as u64, (number >> 64) as u64]
+    }
+}
+
+/// The file in which the kernel tells of our descriptor of a TCX link (`tcx_link_fdinfo`, net/../bpf/tcx.c).
+fn info_of(link: u32) -> PathBuf {
+    let wanted = format!("link_id:\t{link}\n");
+    let entries = fs::read_dir("/proc/self/fdinfo").into_iter().flatten().flatten();
+    let found = entries.map(|entry| entry.path()).find(|path| {
+        fs::read_to_string(path).is_ok_and(|text| text.contains("link_type:\ttcx") && text.contains(&wanted))
+    });
+    found.unwrap_or_default()
+}
+
+/// Whether a link still hangs on its interface. What cannot be read is taken for well.
+fn is_linked(info: &std::path::Path) -> bool {
+    match fs::read_to_string(info) {
+        Ok(text) => !text.lines().any(|line| line == "ifindex:\t0"),
+        Err(_) => true,
+    }
+}
