@@ -1,7 +1,7 @@
 //! Both engines over real sockets, with a real relay and upstream behind them.
 
 use super::{
-    ConnectionLimits, Engine, EngineChoice, Features, WorkerListener, WorkerSetup, Workers, listen,
+    ConnectionLimits, Engine, EngineChoice, Features, Serves, WorkerListener, WorkerSetup, Workers, listen,
     testing::{GET, HEAD_LIMITS, REQUEST, request, table},
 };
 use crate::{
