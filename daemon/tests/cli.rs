@@ -128,6 +128,15 @@ fn exit_codes_and_words() {
         ("no command", vec![], 2, &[], &["Usage:"]),
         ("help", vec!["--help"], 0, &["Examples:", "Exit codes:"], &[]),
         ("help of run", vec!["run", "--help"], 0, &["Examples:", "SIGHUP"], &[]),
+        ("help of probe", vec!["probe", "--help"], 0, &["Examples:", "changes nothing"], &[]),
+        ("probe of port 0", vec!["probe", "--port", "0"], 2, &[], &["--port"]),
+        (
+            "probe with both",
+            vec!["probe", "--config", "good.toml", "--port", "80"],
+            2,
+            &[],
+            &["cannot be used"],
+        ),
         ("version", vec!["--version"], 0, &["preflightd "], &[]),
         ("unknown flag", vec!["check", "--nonsense"], 2, &[], &["--nonsense"]),
         ("run without anything", vec!["run"], 2, &[], &["--config"]),
@@ -355,4 +364,42 @@ fn hostile_requests_are_shown_escaped() {
         let steers = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
         assert!(!text.contains(steers), "{text:?}");
     }
+}
+
+#[test]
+#[cfg(feature = "ebpf")]
+fn a_probe_says_what_is_missing_and_what_to_do() {
+    let files = Files::new("probe", &[("good.toml", CONFIG), ("bad.toml", "[[listener]]\n")]);
+    let netns = ["--netns", "/run/netns/no-such-one"];
+    let output = files.run(&[&["probe", "--config", "good.toml", "--format", "json"][..], &netns].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let report: Value = serde_json::from_str(&stdout(&output)).expect("one object");
+    assert_eq!((&report["steer"], &report["observe"]), (&Value::Bool(false), &Value::Bool(false)));
+    let checks = report["checks"].as_array().expect("checks");
+    for check in checks {
+        let met = check["status"] == "ok";
+        assert_eq!(check["remedy"] == "", met, "{check}");
+    }
+    let of = |name: &str| checks.iter().find(|check| check["name"] == name);
+    assert_eq!(of("network namespace").expect("looked at")["needed_for"], "observe");
+
+    let output = files.run(&[&["probe", "--port", "80"][..], &netns].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let text = stdout(&output);
+    assert!(text.contains("\nmissing  network namespace"), "{text}");
+    assert!(text.ends_with("this node can neither steer nor observe\n"), "{text}");
+
+    let output = files.run(&["probe", "--config", "bad.toml"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("nothing was looked at"), "{}", stderr(&output));
+    assert_eq!(files.run(&["probe", "--config", "no-such.toml"]).status.code(), Some(2));
+}
+
+#[test]
+#[cfg(not(feature = "ebpf"))]
+fn a_probe_without_ebpf_says_so() {
+    let files = Files::new("probe", &[]);
+    let output = files.run(&["probe"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("feature `ebpf`"), "{}", stderr(&output));
 }

@@ -11,6 +11,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 mod check;
 mod explain;
 mod log;
+mod probe;
 mod run;
 mod steer;
 
@@ -20,6 +21,7 @@ mod steer;
 #[command(after_help = "Examples:
   preflightd run --config /etc/preflightd/config.toml
   preflightd check /etc/preflightd/config.toml
+  preflightd probe --port 80
   preflightd explain --config config.toml --url https://api.example.com/v1 \\
       --origin https://app.example.com --method PUT --header content-type
 
@@ -33,6 +35,7 @@ struct Cli {
 enum Command {
     Run(Run),
     Check(Check),
+    Probe(Probe),
     Explain(Box<Explain>),
     Detach(Detach),
 }
@@ -147,6 +150,43 @@ struct Detach {
     /// How long handshakes that have begun may take.
     #[arg(long, value_name = "TIME", default_value = "3s")]
     grace: humantime::Duration,
+}
+
+/// Tells whether this node can steer, and what to do where it cannot.
+///
+/// Looks at the kernel, its settings, privileges, the proxy's listeners, interfaces, routes and firewall rules, and
+/// changes nothing. Run it as the daemon will be run: with the same user, capabilities and container.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  preflightd probe --config /etc/preflightd/config.toml
+  preflightd probe --port 80 --port 8080 --interface eth0
+  preflightd probe --port 80 --netns /run/netns/web
+  preflightd probe --port 80 --format json | jq '.checks[] | select(.status != \"ok\")'
+
+With --format json one object is printed:
+  {\"steer\", \"observe\", \"checks\": [{\"name\", \"status\", \"needed_for\", \"found\", \"costs\", \"remedy\"}]}
+where status is ok, limited (less works for it) or missing.
+
+Exit codes: 0 it can steer, 1 something is missing, 2 usage.")]
+struct Probe {
+    /// Look at the steered listeners of this configuration, with what [steer] says.
+    #[arg(long, value_name = "FILE", conflicts_with = "port")]
+    config: Option<PathBuf>,
+    /// Instead of a file: a port that the proxy listens on; may be repeated.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    port: Vec<u16>,
+    /// Overrides steer.netns, the proxy's network namespace: a path (/run/netns/web) or the number of a process.
+    #[arg(long, value_name = "SPEC")]
+    netns: Option<String>,
+    /// Overrides steer.interfaces, by which clients come in; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    interface: Vec<String>,
+    /// Overrides steer.pin_dir, where maps and links are pinned: a directory on a BPF file system.
+    #[arg(long, value_name = "DIR")]
+    pin_dir: Option<PathBuf>,
+    /// How the report is printed.
+    #[arg(long, default_value = "text")]
+    format: Format,
 }
 
 /// Tells what becomes of one request, step by step, and the answer's exact bytes.
@@ -293,6 +333,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Check(args) => check::check(&args),
+        Command::Probe(args) => probe::probe(&args),
         Command::Explain(args) => explain::explain(&args),
         Command::Detach(args) => steer::detach(&args),
     };

@@ -74,13 +74,19 @@ pub struct Interface {
 impl Interface {
     /// Whether it has an address that is reachable beyond its link: no loopback, link-local, multicast or unspecified.
     pub fn has_global_address(&self) -> bool {
+        self.has_global_address_of(true) || self.has_global_address_of(false)
+    }
+
+    /// The same for IPv4, or else for IPv6.
+    pub fn has_global_address_of(&self, v4: bool) -> bool {
         self.addresses.iter().any(|address| match address {
-            IpAddr::V4(v4) => {
-                let special = v4.is_loopback() || v4.is_link_local() || v4.is_multicast();
-                !special && !v4.is_broadcast() && !v4.is_unspecified()
+            IpAddr::V4(address) => {
+                let special = address.is_loopback() || address.is_link_local() || address.is_multicast();
+                v4 && !special && !address.is_broadcast() && !address.is_unspecified()
             }
-            IpAddr::V6(v6) => {
-                !v6.is_loopback() && !v6.is_unicast_link_local() && !v6.is_multicast() && !v6.is_unspecified()
+            IpAddr::V6(address) => {
+                let special = address.is_loopback() || address.is_unicast_link_local();
+                !v4 && !special && !address.is_multicast() && !address.is_unspecified()
             }
         })
     }

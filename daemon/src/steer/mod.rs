@@ -8,10 +8,12 @@ use std::{error, fmt};
 
 pub mod firewall;
 pub mod interfaces;
+pub mod listeners;
 mod maps;
 pub mod netns;
 mod object;
 mod pins;
+pub mod probe;
 mod self_test;
 mod steering;
 pub mod sysctl;
