@@ -321,8 +321,9 @@ fn the_order_of_rules_counts() {
 
 #[test]
 fn the_remedy_fits_the_cause() {
-    let new_not_syn =
-        format!("{}, {}, {DROP}", matches("!=", TCP_FLAGS, r#""syn""#), matches("in", STATE, r#""new""#));
+    let handshake = format!(r#"{{"&": [{TCP_FLAGS}, ["fin", "syn", "rst", "ack"]]}}"#);
+    let no_syn = matches("!=", &handshake, r#""syn""#);
+    let new_not_syn = format!("{no_syn}, {}, {DROP}", matches("in", STATE, r#""new""#));
     let invalid = format!("{}, {DROP}", matches("in", STATE, r#""invalid""#));
     for (name, chains, loose, what, remedy) in [
         ("strict", input("accept", &[&invalid]), false, "did not see", "nf_conntrack_tcp_loose = 1"),
