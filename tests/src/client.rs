@@ -179,7 +179,7 @@ impl Response {
     }
 
     /// The response at the start of `bytes` and its length, if it is complete. `ended`: no more bytes will come.
-    fn parse(bytes: &[u8], ended: bool) -> io::Result<Option<(Self, usize)>> {
+    pub(crate) fn parse(bytes: &[u8], ended: bool) -> io::Result<Option<(Self, usize)>> {
         let Some(head_length) = bytes.windows(4).position(|w| w == b"\r\n\r\n").map(|at| at + 4) else {
             return Ok(None);
         };

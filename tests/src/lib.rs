@@ -10,7 +10,9 @@ pub mod netns;
 pub mod nginx;
 pub mod site;
 pub mod smuggling;
+pub mod steering;
 pub mod upstream;
+pub mod wire;
 
 pub use client::{Client, Response};
 pub use daemon::{Config, Daemon, Engine};

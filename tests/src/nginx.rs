@@ -29,6 +29,16 @@ impl Nginx {
     /// namespace, say). Without addresses the caller waits for it.
     pub fn start_with(
         addresses: &[SocketAddr],
+        command: Command,
+        servers: impl FnOnce(&Path) -> String,
+    ) -> Self {
+        Self::start_workers(1, addresses, command, servers)
+    }
+
+    /// As [`Nginx::start_with`], with so many worker processes.
+    pub fn start_workers(
+        workers: u32,
+        addresses: &[SocketAddr],
         mut command: Command,
         servers: impl FnOnce(&Path) -> String,
     ) -> Self {
@@ -41,7 +51,7 @@ impl Nginx {
         }
         write!(
             config,
-            "worker_processes 1;
+            "worker_processes {workers};
             pid {dir}/nginx.pid;
             error_log {dir}/error.log notice;
             events {{ worker_connections 4096; }}

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::site::{PATIENCE, wait_for};
+use socket2::SockRef;
 use std::{
     fmt,
     io::{self, Read, Write},
@@ -55,6 +56,8 @@ pub struct Recorded {
 #[derive(Debug)]
 pub struct Upstream {
     address: SocketAddr,
+    /// The listener: shutting it down wakes the acceptor.
+    waker: TcpListener,
     connections: Arc<Mutex<Vec<Recorded>>>,
     stop: Arc<AtomicBool>,
     acceptor: Option<JoinHandle<()>>,
@@ -75,6 +78,14 @@ impl Behaviour {
             format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).into_bytes()
         }))
     }
+
+    /// Answers `200` with the request's body as its content.
+    pub fn echo_body() -> Self {
+        Self::Http(Arc::new(|request| {
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", request.body.len());
+            [head.as_bytes(), &request.body].concat()
+        }))
+    }
 }
 
 impl fmt::Debug for Behaviour {
@@ -91,7 +102,12 @@ impl fmt::Debug for Behaviour {
 impl Upstream {
     /// Listens on a free port.
     pub fn start(behaviour: Behaviour) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("binding an upstream");
+        Self::on(TcpListener::bind("127.0.0.1:0").expect("binding an upstream"), behaviour)
+    }
+
+    /// Serves a listening socket, of another network namespace, say.
+    pub fn on(listener: TcpListener, behaviour: Behaviour) -> Self {
+        let waker = listener.try_clone().expect("a second handle to the listener");
         let address = listener.local_addr().expect("the upstream's address");
         let connections = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(AtomicBool::new(false));
@@ -99,7 +115,7 @@ impl Upstream {
             let (connections, stop) = (Arc::clone(&connections), Arc::clone(&stop));
             thread::spawn(move || accept(&listener, &behaviour, &connections, &stop))
         };
-        Self { address, connections, stop, acceptor: Some(acceptor) }
+        Self { address, waker, connections, stop, acceptor: Some(acceptor) }
     }
 
     /// Where it listens.
@@ -125,7 +141,7 @@ impl Drop for Upstream {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         // Wakes the acceptor; the threads of connections end with their clients.
-        let _ = TcpStream::connect(self.address);
+        let _ = SockRef::from(&self.waker).shutdown(Shutdown::Both);
         if let Some(acceptor) = self.acceptor.take() {
             let _ = acceptor.join();
         }

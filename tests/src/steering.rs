@@ -1,0 +1,736 @@
+//! The steering lab: clients and a node in network namespaces, a real proxy on port 80 of the node for both IP versions,
+//! and the daemon that steers it.
+//!
+//! With `PREFLIGHTD_LAB=plain` in the environment there is no daemon, and every preflight is expected from the proxy: the
+//! yardstick that the rows of the tests are themselves held against.
+
+use std::{
+    env, fs,
+    fs::File,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{self, Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+};
+
+use rustix::process::Signal;
+use socket2::{Domain, Protocol, Socket, Type};
+use tempfile::TempDir;
+
+use crate::{
+    Behaviour, Client, Nginx, Response, Upstream,
+    client::{fetch, get, preflight},
+    daemon::{Metrics, ORIGIN, POLICY, preflightd},
+    netns::{Netns, have_root},
+    site::{PATIENCE, end, have, program, signal, wait_exit, wait_until},
+    wire::{Mac, Wire},
+};
+
+/// What stands behind the served port.
+#[derive(Clone, Debug)]
+pub enum Proxy {
+    /// nginx. Its answers carry `X-From: proxy`, its bodies are `nginx URI`; OPTIONS is 405. `POST /echo` gives the
+    /// body back; `/big` is [`BIG`] bytes.
+    Nginx {
+        /// Processes that accept.
+        workers: u32,
+        /// Each with a listening socket of its own.
+        reuseport: bool,
+    },
+    /// haproxy, with the same answers.
+    Haproxy,
+    /// A server of ours that records every byte, on one socket for both IP versions.
+    Upstream(Behaviour),
+    /// Nothing listens.
+    None,
+}
+
+/// The length of nginx's `/big`.
+pub const BIG: usize = 8 << 20;
+
+/// What a lab is to consist of.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Hosts that clients run on, each with a link to the node.
+    pub clients: usize,
+    /// The proxy on port 80.
+    pub proxy: Proxy,
+    /// Whether the daemon runs at all.
+    pub daemon: bool,
+    /// Lines of `[steer]`.
+    pub steer: String,
+    /// The policies.
+    pub policies: String,
+    /// Further lines at the top level of the daemon's file, and tables.
+    pub toml: String,
+    /// Further directives of nginx's server block.
+    pub nginx: String,
+    /// MTU of all links.
+    pub mtu: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            clients: 1,
+            proxy: Proxy::Nginx { workers: 1, reuseport: false },
+            daemon: true,
+            steer: String::new(),
+            policies: POLICY.to_owned(),
+            toml: String::new(),
+            nginx: String::new(),
+            mtu: 1500,
+        }
+    }
+}
+
+/// A running lab; dropping it removes everything.
+#[derive(Debug)]
+pub struct Lab {
+    daemon: Option<Steerer>,
+    proxy: Running,
+    /// Serves `/echo`.
+    _backend: Upstream,
+    clients: Vec<Netns>,
+    node: Netns,
+    pin_dir: PathBuf,
+    options: Options,
+}
+
+#[derive(Debug)]
+enum Running {
+    Nginx(Nginx),
+    Haproxy { child: Child, _directory: TempDir },
+    Upstream(Upstream),
+    None,
+}
+
+/// The `Host` of every request.
+pub const HOST: &str = "api.test";
+
+/// Where the node's admin interface is, within its namespace.
+const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9000);
+/// Where `/echo` is served, within the node's namespace.
+const BACKEND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8081);
+
+impl Lab {
+    /// A lab with nginx and the daemon.
+    pub fn new() -> Self {
+        Self::with(Options::default())
+    }
+
+    /// A lab of these parts; the proxy listens, the daemon is ready.
+    ///
+    /// # Panics
+    /// If any of them cannot be started.
+    pub fn with(options: Options) -> Self {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let node = Netns::new("node");
+        let clients: Vec<_> = (0..options.clients).map(|_| Netns::new("client")).collect();
+        for (i, client) in clients.iter().enumerate() {
+            link(&node, client, i, options.mtu);
+        }
+        let backend = Upstream::on(listen(&node, BACKEND, false), Behaviour::echo_body());
+        let pin_dir = PathBuf::from(format!(
+            "/sys/fs/bpf/pf-test-{}-{}",
+            process::id(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        ));
+        let mut lab =
+            Self { daemon: None, proxy: Running::None, _backend: backend, clients, node, pin_dir, options };
+        lab.start_proxy();
+        if lab.options.daemon && !plain() {
+            mount_bpffs();
+            lab.start_daemon();
+        }
+        lab
+    }
+
+    /// Whether the daemon is there to answer. If not, all is the proxy's.
+    pub fn is_steered(&self) -> bool {
+        self.daemon.is_some()
+    }
+
+    /// The served addresses as the first client calls them: IPv4 and IPv6.
+    pub fn sites(&self) -> [SocketAddr; 2] {
+        self.sites_of(0)
+    }
+
+    /// The served addresses as client `i` calls them.
+    pub fn sites_of(&self, i: usize) -> [SocketAddr; 2] {
+        let Addresses { node, .. } = addresses(i);
+        node.map(|address| SocketAddr::new(address, 80))
+    }
+
+    /// The node's namespace; its interface towards client `i` is `n0`, `n1`...
+    pub fn node(&self) -> &Netns {
+        &self.node
+    }
+
+    /// The namespace of client `i`; its interface is `c0`, `c1`...
+    pub fn client(&self, i: usize) -> &Netns {
+        &self.clients[i]
+    }
+
+    /// The address of client `i` that belongs to the site's IP version.
+    pub fn client_address(&self, i: usize, site: SocketAddr) -> IpAddr {
+        addresses(i).client[usize::from(site.is_ipv6())]
+    }
+
+    /// A connection from the first client.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub fn connect(&self, site: SocketAddr) -> Client {
+        self.try_connect(site).unwrap_or_else(|e| panic!("connecting to {site}: {e}"))
+    }
+
+    /// A connection from the first client, or why there is none.
+    pub fn try_connect(&self, site: SocketAddr) -> io::Result<Client> {
+        self.clients[0].enter(|| Client::try_connect(site))
+    }
+
+    /// One request on a connection of its own.
+    ///
+    /// # Panics
+    /// If there is no sound response.
+    pub fn exchange(&self, site: SocketAddr, request: impl AsRef<[u8]>) -> Response {
+        self.connect(site).exchange(request)
+    }
+
+    /// [`allowed_preflight`] on a connection of its own.
+    ///
+    /// # Panics
+    /// As [`Lab::exchange`].
+    pub fn preflight(&self, site: SocketAddr) -> Response {
+        self.exchange(site, allowed_preflight("/x"))
+    }
+
+    /// A GET on a connection of its own, which the proxy must answer.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn get(&self, site: SocketAddr, path: &str) {
+        let mut client = self.connect(site);
+        check_get(&client.exchange(get(HOST, path)), path);
+    }
+
+    /// The client that speaks TCP by itself, on the link of the first client.
+    pub fn wire(&self, site: SocketAddr) -> Wire {
+        let Addresses { wire, macs, .. } = addresses(0);
+        Wire::open(&self.clients[0], "c0", macs, wire[usize::from(site.is_ipv6())], site)
+    }
+
+    /// As [`Lab::wire`], for sending only.
+    pub fn deaf_wire(&self, site: SocketAddr) -> Wire {
+        let Addresses { wire, macs, .. } = addresses(0);
+        Wire::open_deaf(&self.clients[0], "c0", macs, wire[usize::from(site.is_ipv6())], site)
+    }
+
+    /// Checks that a worker answered, or in a lab without the daemon the proxy.
+    ///
+    /// # Panics
+    /// It was someone else, or the answer is not as it must be.
+    #[track_caller]
+    pub fn expect_worker(&self, response: &Response, case: impl std::fmt::Display) {
+        if !self.is_steered() {
+            expect_proxy(response, case);
+            return;
+        }
+        assert_eq!(response.status, 204, "{case}: a worker's answer: {response:?}");
+        assert_eq!(response.header("x-from"), None, "{case}: the proxy answered");
+        assert_eq!(response.header("access-control-allow-origin"), Some(ORIGIN), "{case}: {response:?}");
+        let connection = response.header("connection").map(str::to_ascii_lowercase);
+        assert_eq!(connection.as_deref(), Some("close"), "{case}: {response:?}");
+    }
+
+    /// The daemon.
+    ///
+    /// # Panics
+    /// In a lab without it.
+    pub fn daemon(&mut self) -> &mut Steerer {
+        self.daemon.as_mut().expect("the daemon runs in this lab")
+    }
+
+    /// Starts the daemon and waits until it steers.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn start_daemon(&mut self) {
+        let mut daemon = self.another_daemon(ADMIN);
+        daemon.wait_ready(&self.node);
+        self.daemon = Some(daemon);
+    }
+
+    /// Starts one more daemon with the same configuration, but for its admin interface. It may not be ready yet.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn another_daemon(&self, admin: SocketAddr) -> Steerer {
+        let text = self.toml(admin);
+        Steerer::start(&self.node, admin, &text)
+    }
+
+    /// From now on this is the lab's daemon; gives the one that was.
+    pub fn replace_daemon(&mut self, daemon: Steerer) -> Option<Steerer> {
+        self.daemon.replace(daemon)
+    }
+
+    /// The daemon's configuration with the admin interface at `admin`.
+    pub fn toml(&self, admin: SocketAddr) -> String {
+        format!(
+            "{toml}\n\
+             [steer]\npin_dir = \"{pin_dir}\"\n{steer}\n\n\
+             [[listener]]\nname = \"web4\"\naddress = \"0.0.0.0:80\"\nsteer = true\n\n\
+             [[listener]]\nname = \"web6\"\naddress = \"[::]:80\"\nsteer = true\n\n\
+             [workers]\ncount = 2\npin = false\n\n\
+             [admin]\naddress = \"{admin}\"\n\n{policies}\n",
+            toml = self.options.toml,
+            pin_dir = self.pin_dir.display(),
+            steer = self.options.steer,
+            policies = self.options.policies,
+        )
+    }
+
+    /// Where the daemon pins what outlives it.
+    pub fn pin_dir(&self) -> &Path {
+        &self.pin_dir
+    }
+
+    /// Removes the program, as an operator would in need.
+    ///
+    /// # Panics
+    /// If `preflightd detach` fails.
+    pub fn detach(&self) {
+        let output = self.detach_command().output().expect("running preflightd detach");
+        assert!(output.status.success(), "preflightd detach: {output:?}");
+    }
+
+    fn detach_command(&self) -> Command {
+        let mut command = inside(&self.node, &preflightd());
+        command.args(["detach", "--pin-dir"]).arg(&self.pin_dir);
+        command
+    }
+
+    /// The daemon's metrics.
+    ///
+    /// # Panics
+    /// As [`Steerer::metrics`]; in a lab without the daemon.
+    pub fn metrics(&self) -> Metrics {
+        self.daemon.as_ref().expect("the daemon runs in this lab").metrics(&self.node)
+    }
+
+    /// How many flows went to `to`: `worker` or `proxy`.
+    pub fn flows(&self, to: &str) -> u64 {
+        self.metrics().count("preflightd_steer_flows_total", &[("to", to)])
+    }
+
+    /// Starts the proxy and waits until it listens.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn start_proxy(&mut self) {
+        self.proxy = match &self.options.proxy {
+            Proxy::None => Running::None,
+            Proxy::Nginx { workers, reuseport } => self.start_nginx(*workers, *reuseport),
+            Proxy::Haproxy => self.start_haproxy(),
+            Proxy::Upstream(behaviour) => {
+                let site = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 80);
+                Running::Upstream(Upstream::on(listen(&self.node, site, false), behaviour.clone()))
+            }
+        };
+        if matches!(self.proxy, Running::Nginx(_) | Running::Haproxy { .. }) {
+            for site in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+                let site = SocketAddr::new(site, 80);
+                wait_until(format_args!("the proxy on {site}"), || {
+                    self.node.enter(|| TcpStream::connect(site)).is_ok()
+                });
+            }
+        }
+    }
+
+    /// Ends the proxy.
+    pub fn stop_proxy(&mut self) {
+        if let Running::Haproxy { child, .. } = &mut self.proxy {
+            end(child);
+        }
+        self.proxy = Running::None;
+    }
+
+    /// nginx.
+    ///
+    /// # Panics
+    /// If it is not the proxy here.
+    pub fn nginx(&self) -> &Nginx {
+        match &self.proxy {
+            Running::Nginx(nginx) => nginx,
+            other => panic!("no nginx here: {other:?}"),
+        }
+    }
+
+    /// The recording proxy.
+    ///
+    /// # Panics
+    /// If it is not the proxy here.
+    pub fn upstream(&self) -> &Upstream {
+        match &self.proxy {
+            Running::Upstream(upstream) => upstream,
+            other => panic!("no recording proxy here: {other:?}"),
+        }
+    }
+
+    /// How many requests of nginx's log hold this.
+    ///
+    /// # Panics
+    /// As [`Lab::nginx`].
+    pub fn logged(&self, what: &str) -> usize {
+        self.nginx().access_log().iter().filter(|line| line.contains(what)).count()
+    }
+
+    /// The node's TCP sockets on the served port in this state (as `ss` names it), without listeners.
+    ///
+    /// # Panics
+    /// If `ss` fails.
+    pub fn sockets(&self, state: &str) -> Vec<String> {
+        let mut ss = self.node.command("ss");
+        let output = ss.args(["-Htan", "state", state, "sport", "=", ":80"]).output().expect("running ss");
+        assert!(output.status.success(), "ss: {output:?}");
+        String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
+    }
+
+    fn start_nginx(&self, workers: u32, reuseport: bool) -> Running {
+        let command = self.node.command(program("nginx").expect("nginx is installed"));
+        let reuseport = if reuseport { "reuseport" } else { "" };
+        let more = &self.options.nginx;
+        Running::Nginx(Nginx::start_workers(workers, &[], command, |directory| {
+            fs::write(directory.join("big"), big()).expect("writing /big");
+            format!(
+                "upstream backend {{ server {BACKEND}; keepalive 64; }}
+                server {{
+                    listen 0.0.0.0:80 {reuseport};
+                    listen [::]:80 {reuseport};
+                    add_header X-From proxy always;
+                    {more}
+                    location = /echo {{
+                        proxy_http_version 1.1;
+                        proxy_set_header Connection '';
+                        proxy_pass http://backend;
+                    }}
+                    location = /big {{ root {directory}; }}
+                    location / {{
+                        if ($request_method = OPTIONS) {{ return 405; }}
+                        return 200 'nginx $request_uri';
+                    }}
+                }}",
+                directory = directory.display()
+            )
+        }))
+    }
+
+    fn start_haproxy(&self) -> Running {
+        let directory = TempDir::with_prefix("haproxy-").expect("a directory for haproxy");
+        let config = format!(
+            "global
+                nbthread 1
+                maxconn 8192
+            defaults
+                mode http
+                timeout connect 30s
+                timeout client 60s
+                timeout server 60s
+            frontend web
+                bind 0.0.0.0:80
+                bind [::]:80 v6only
+                use_backend echo if {{ path /echo }}
+                http-request return status 405 hdr X-From proxy if METH_OPTIONS
+                http-request return status 200 content-type text/plain hdr X-From proxy lf-string \"nginx %[url]\"
+            backend echo
+                http-response set-header X-From proxy
+                server echo {BACKEND}\n"
+        );
+        let file = directory.path().join("haproxy.cfg");
+        fs::write(&file, config).expect("writing haproxy.cfg");
+        let log = File::create(directory.path().join("log")).expect("haproxy's log");
+        let child = self
+            .node
+            .command(program("haproxy").expect("haproxy is installed"))
+            .args(["-db", "-f"])
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("starting haproxy");
+        Running::Haproxy { child, _directory: directory }
+    }
+}
+
+impl Default for Lab {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if thread::panicking()
+            && let Running::Nginx(nginx) = &self.proxy
+        {
+            let log = nginx.error_log();
+            let complaints: Vec<_> = log.lines().filter(|line| !line.contains("[notice]")).collect();
+            eprintln!("--- nginx's error log ---\n{}\n---", complaints.join("\n"));
+        }
+        self.daemon = None;
+        if self.pin_dir.exists() {
+            let output = self.detach_command().output();
+            if !output.as_ref().is_ok_and(|output| output.status.success()) {
+                eprintln!("preflightd detach failed: {output:?}");
+            }
+            // `detach` may leave the directory itself.
+            let _ = fs::remove_dir(&self.pin_dir);
+            if self.pin_dir.exists() {
+                eprintln!("left behind: {}", self.pin_dir.display());
+            }
+        }
+        self.stop_proxy();
+    }
+}
+
+/// A daemon in the node's namespace.
+#[derive(Debug)]
+pub struct Steerer {
+    child: Child,
+    admin: SocketAddr,
+    directory: TempDir,
+}
+
+impl Steerer {
+    fn start(node: &Netns, admin: SocketAddr, text: &str) -> Self {
+        let directory = TempDir::with_prefix("preflightd-").expect("a directory for the daemon");
+        let file = directory.path().join("preflightd.toml");
+        fs::write(&file, text).expect("writing the configuration");
+        let log = File::create(directory.path().join("log")).expect("the daemon's log");
+        let second = log.try_clone().expect("a second handle to the log");
+        let mut command = inside(node, &preflightd());
+        command.env_remove("RUST_LOG").args(["run", "--config"]).arg(file);
+        command.stdin(Stdio::null()).stdout(log).stderr(second);
+        let child = command.spawn().unwrap_or_else(|e| panic!("starting {command:?}: {e}"));
+        Self { child, admin, directory }
+    }
+
+    /// Waits for `/readyz` in its namespace.
+    ///
+    /// # Panics
+    /// The daemon ends, or does not become ready.
+    pub fn wait_ready(&mut self, node: &Netns) {
+        wait_until("the daemon to steer", || {
+            if let Some(status) = self.child.try_wait().expect("waiting for the daemon") {
+                panic!("the daemon ended with {status}");
+            }
+            node.enter(|| fetch(self.admin, "/readyz")).is_ok_and(|r| r.status == 200)
+        });
+    }
+
+    /// Reads all metrics.
+    ///
+    /// # Panics
+    /// They cannot be had.
+    pub fn metrics(&self, node: &Netns) -> Metrics {
+        let response = node.enter(|| fetch(self.admin, "/metrics")).expect("reading /metrics");
+        assert_eq!(response.status, 200, "/metrics: {response:?}");
+        Metrics::parse(&String::from_utf8(response.body).expect("metrics in UTF-8"))
+    }
+
+    /// What it wrote so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, number: Signal) {
+        signal(&self.child, number);
+    }
+
+    /// Kills it, and waits for its end.
+    ///
+    /// # Panics
+    /// It cannot be killed.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killing the daemon");
+        self.child.wait().expect("waiting for the daemon");
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// It does not end.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_exit(&mut self.child, PATIENCE).expect("the daemon to end")
+    }
+}
+
+impl Drop for Steerer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("--- the daemon's log ---\n{}---", self.log());
+        }
+    }
+}
+
+/// Runs a test in one lab of these parts, for the IPv4 and then for the IPv6 address of the site.
+///
+/// # Panics
+/// As the test does.
+pub fn on_each_site(options: Options, test: impl Fn(&Lab, SocketAddr)) {
+    if !can_run() {
+        return;
+    }
+    let lab = Lab::with(options);
+    for site in lab.sites() {
+        eprintln!("site {site}");
+        test(&lab, site);
+    }
+}
+
+/// Whether labs can be built here; says on stderr why not. In CI that fails.
+pub fn can_run() -> bool {
+    have_root() && have(&["nginx", "ip", "ss"])
+}
+
+/// A preflight that the default policy allows.
+pub fn allowed_preflight(target: &str) -> Vec<u8> {
+    preflight(HOST, target, ORIGIN, "PUT", Some("content-type,x-demo"))
+}
+
+/// Checks that the proxy answered.
+///
+/// # Panics
+/// It was someone else.
+#[track_caller]
+pub fn expect_proxy(response: &Response, case: impl std::fmt::Display) {
+    assert_eq!(response.header("x-from"), Some("proxy"), "{case}: not the proxy's: {response:?}");
+    assert!(response.cors_headers().is_empty(), "{case}: {response:?}");
+}
+
+/// Checks the proxy's answer to a GET.
+///
+/// # Panics
+/// It is another.
+#[track_caller]
+pub fn check_get(response: &Response, path: &str) {
+    expect_proxy(response, format_args!("GET {path}"));
+    let body = String::from_utf8_lossy(&response.body);
+    assert_eq!((response.status, &*body), (200, &*format!("nginx {path}")), "GET {path}");
+}
+
+/// What `/big` holds.
+pub fn big() -> Vec<u8> {
+    (0..BIG as u32 / 4).flat_map(|i| i.wrapping_mul(2_654_435_761).to_be_bytes()).collect()
+}
+
+/// Checks that someone answered a preflight as they should: a worker or the proxy.
+///
+/// # Panics
+/// Neither did.
+#[track_caller]
+pub fn expect_either(lab: &Lab, response: &Response, case: impl std::fmt::Display) {
+    if response.header("x-from").is_some() {
+        expect_proxy(response, &case);
+        assert_eq!(response.status, 405, "{case}: {response:?}");
+    } else {
+        lab.expect_worker(response, case);
+    }
+}
+
+/// Whether labs are to be built without the daemon.
+pub fn plain() -> bool {
+    env::var("PREFLIGHTD_LAB").is_ok_and(|value| value == "plain")
+}
+
+/// Whether there is time for the long forms of tests.
+pub fn full() -> bool {
+    env::var_os("PREFLIGHTD_FULL").is_some()
+}
+
+struct Addresses {
+    node: [IpAddr; 2],
+    client: [IpAddr; 2],
+    /// The address that belongs to no kernel.
+    wire: [IpAddr; 2],
+    /// The client's and the node's hardware address.
+    macs: (Mac, Mac),
+}
+
+fn addresses(i: usize) -> Addresses {
+    let i = u8::try_from(i).expect("few clients");
+    let host = |host: u8| {
+        let v6 = Ipv6Addr::from([0xfd00, 0x78, u16::from(i), 0, 0, 0, 0, u16::from(host)]);
+        [Ipv4Addr::from([10, 78, i, host]).into(), v6.into()]
+    };
+    let mac = |host: u8| [2, 0, 0, 0x78, i, host];
+    Addresses { node: host(1), client: host(2), wire: host(3), macs: (mac(2), mac(1)) }
+}
+
+/// Links client `i` to the node and tells the node where the wire's addresses are.
+fn link(node: &Netns, client: &Netns, i: usize, mtu: u32) {
+    let Addresses { node: n, client: c, wire, macs } = addresses(i);
+    let with_length = |a: [IpAddr; 2]| [format!("{}/24", a[0]), format!("{}/64", a[1])];
+    let (at_node, at_client) = (with_length(n), with_length(c));
+    node.link(
+        &format!("n{i}"),
+        &[&at_node[0], &at_node[1]],
+        client,
+        &format!("c{i}"),
+        &[&at_client[0], &at_client[1]],
+    );
+    let text = |mac: Mac| mac.map(|byte| format!("{byte:02x}")).join(":");
+    client.ip(&format!("link set c{i} address {} mtu {mtu}", text(macs.0)));
+    node.ip(&format!("link set n{i} address {} mtu {mtu}", text(macs.1)));
+    for address in wire {
+        node.ip(&format!("neighbour replace {address} lladdr {} dev n{i} nud permanent", text(macs.0)));
+    }
+}
+
+/// A listening socket in a namespace; on `[::]` for both IP versions unless `only_v6`.
+fn listen(netns: &Netns, address: SocketAddr, only_v6: bool) -> TcpListener {
+    netns.enter(|| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))
+            .expect("a listening socket");
+        socket.set_reuse_address(true).expect("SO_REUSEADDR");
+        if address.is_ipv6() {
+            socket.set_only_v6(only_v6).expect("IPV6_V6ONLY");
+        }
+        socket.bind(&address.into()).unwrap_or_else(|e| panic!("binding {address}: {e}"));
+        socket.listen(4096).expect("listening");
+        socket.into()
+    })
+}
+
+/// The same command in a namespace.
+fn inside(netns: &Netns, command: &Command) -> Command {
+    let mut wrapped = netns.command(command.get_program());
+    wrapped.args(command.get_args());
+    wrapped
+}
+
+/// Mounts the BPF file system where it is not.
+fn mount_bpffs() {
+    // One test at a time: a second mount would hide what is pinned in the first.
+    let lock = File::create(env::temp_dir().join("preflightd-tests-bpffs.lock")).expect("a lock file");
+    lock.lock().expect("locking it");
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc/self/mounts");
+    if mounts.lines().any(|line| line.split(' ').nth(1) == Some("/sys/fs/bpf")) {
+        return;
+    }
+    let status = Command::new("mount").args(["-t", "bpf", "bpf", "/sys/fs/bpf"]).status();
+    assert!(status.is_ok_and(|s| s.success()), "cannot mount the BPF file system on /sys/fs/bpf");
+}
