@@ -6,6 +6,7 @@
 pub mod browser;
 pub mod client;
 pub mod daemon;
+pub mod load;
 pub mod netns;
 pub mod nginx;
 pub mod site;

@@ -3,7 +3,7 @@
 
 use std::{
     ffi::OsStr,
-    fs::File,
+    fs::{self, File},
     os::fd::AsFd as _,
     panic,
     process::{self, Command},
@@ -89,6 +89,24 @@ impl Netns {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path())).arg(program);
         command
+    }
+
+    /// Sets a kernel parameter of the namespace: `net.ipv4.tcp_syncookies`.
+    ///
+    /// # Panics
+    /// If it cannot be set.
+    pub fn sysctl(&self, key: &str, value: &str) {
+        let file = format!("/proc/sys/{}", key.replace('.', "/"));
+        // These files mean the namespace of the thread that opens them.
+        self.enter(|| fs::write(&file, value)).unwrap_or_else(|error| panic!("{file}: {error}"));
+    }
+
+    /// Loads nftables rules in the namespace, in the language of `nft -f`.
+    ///
+    /// # Panics
+    /// If they are refused.
+    pub fn nft(&self, rules: &str) {
+        run(self.command("nft").arg(rules));
     }
 
     /// Runs `f` on a thread of its own in the namespace; sockets that it opens stay there.

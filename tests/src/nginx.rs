@@ -54,7 +54,7 @@ impl Nginx {
             "worker_processes {workers};
             pid {dir}/nginx.pid;
             error_log {dir}/error.log notice;
-            events {{ worker_connections 4096; }}
+            events {{ worker_connections 16384; }}
             http {{
                 log_format lab '$server_port $remote_addr \"$request\" $status';
                 access_log {dir}/access.log lab;

@@ -43,6 +43,8 @@ pub enum Proxy {
     Haproxy,
     /// A server of ours that records every byte, on one socket for both IP versions.
     Upstream(Behaviour),
+    /// The same on a socket for Multipath TCP, as Go's servers listen.
+    MptcpUpstream(Behaviour),
     /// Nothing listens.
     None,
 }
@@ -69,6 +71,8 @@ pub struct Options {
     pub nginx: String,
     /// MTU of all links.
     pub mtu: u32,
+    /// Kernel parameters of the node, set before anything starts there.
+    pub sysctls: &'static [(&'static str, &'static str)],
 }
 
 impl Default for Options {
@@ -82,6 +86,7 @@ impl Default for Options {
             toml: String::new(),
             nginx: String::new(),
             mtu: 1500,
+            sysctls: &[],
         }
     }
 }
@@ -110,6 +115,8 @@ enum Running {
 /// The `Host` of every request.
 pub const HOST: &str = "api.test";
 
+/// The port of the site on all addresses of both IP versions.
+const EVERYWHERE: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 80);
 /// Where the node's admin interface is, within its namespace.
 const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9000);
 /// Where `/echo` is served, within the node's namespace.
@@ -128,11 +135,14 @@ impl Lab {
     pub fn with(options: Options) -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let node = Netns::new("node");
+        for (key, value) in options.sysctls {
+            node.sysctl(key, value);
+        }
         let clients: Vec<_> = (0..options.clients).map(|_| Netns::new("client")).collect();
         for (i, client) in clients.iter().enumerate() {
             link(&node, client, i, options.mtu);
         }
-        let backend = Upstream::on(listen(&node, BACKEND, false), Behaviour::echo_body());
+        let backend = Upstream::on(listen(&node, BACKEND, Protocol::TCP), Behaviour::echo_body());
         let pin_dir = PathBuf::from(format!(
             "/sys/fs/bpf/pf-test-{}-{}",
             process::id(),
@@ -336,10 +346,14 @@ impl Lab {
             Proxy::None => Running::None,
             Proxy::Nginx { workers, reuseport } => self.start_nginx(*workers, *reuseport),
             Proxy::Haproxy => self.start_haproxy(),
-            Proxy::Upstream(behaviour) => {
-                let site = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 80);
-                Running::Upstream(Upstream::on(listen(&self.node, site, false), behaviour.clone()))
-            }
+            Proxy::Upstream(behaviour) => Running::Upstream(Upstream::on(
+                listen(&self.node, EVERYWHERE, Protocol::TCP),
+                behaviour.clone(),
+            )),
+            Proxy::MptcpUpstream(behaviour) => Running::Upstream(Upstream::on(
+                listen(&self.node, EVERYWHERE, Protocol::MPTCP),
+                behaviour.clone(),
+            )),
         };
         if matches!(self.proxy, Running::Nginx(_) | Running::Haproxy { .. }) {
             for site in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
@@ -444,8 +458,8 @@ impl Lab {
                 bind 0.0.0.0:80
                 bind [::]:80 v6only
                 use_backend echo if {{ path /echo }}
-                http-request return status 405 hdr X-From proxy if METH_OPTIONS
-                http-request return status 200 content-type text/plain hdr X-From proxy lf-string \"nginx %[url]\"
+                http-request return status 405 hdr X-From proxy if METH_OPTIONS !{{ path /echo }}
+                http-request return status 200 content-type text/plain hdr X-From proxy lf-string \"nginx %[url]\" unless {{ path /echo }}
             backend echo
                 http-response set-header X-From proxy
                 server echo {BACKEND}\n"
@@ -700,14 +714,14 @@ fn link(node: &Netns, client: &Netns, i: usize, mtu: u32) {
     }
 }
 
-/// A listening socket in a namespace; on `[::]` for both IP versions unless `only_v6`.
-fn listen(netns: &Netns, address: SocketAddr, only_v6: bool) -> TcpListener {
+/// A listening socket in a namespace; on `[::]` for both IP versions.
+fn listen(netns: &Netns, address: SocketAddr, protocol: Protocol) -> TcpListener {
     netns.enter(|| {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(protocol))
             .expect("a listening socket");
         socket.set_reuse_address(true).expect("SO_REUSEADDR");
         if address.is_ipv6() {
-            socket.set_only_v6(only_v6).expect("IPV6_V6ONLY");
+            socket.set_only_v6(false).expect("IPV6_V6ONLY");
         }
         socket.bind(&address.into()).unwrap_or_else(|e| panic!("binding {address}: {e}"));
         socket.listen(4096).expect("listening");
