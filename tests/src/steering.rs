@@ -71,6 +71,8 @@ pub struct Options {
     pub nginx: String,
     /// MTU of all links.
     pub mtu: u32,
+    /// The daemon runs in a network namespace of its own, and is told where the node's is.
+    pub outside: bool,
     /// Kernel parameters of the node, set before anything starts there.
     pub sysctls: &'static [(&'static str, &'static str)],
 }
@@ -86,6 +88,7 @@ impl Default for Options {
             toml: String::new(),
             nginx: String::new(),
             mtu: 1500,
+            outside: false,
             sysctls: &[],
         }
     }
@@ -99,6 +102,8 @@ pub struct Lab {
     /// Serves `/echo`.
     _backend: Upstream,
     clients: Vec<Netns>,
+    /// Where the daemon runs, if not on the node.
+    outside: Option<Netns>,
     node: Netns,
     pin_dir: PathBuf,
     options: Options,
@@ -142,14 +147,23 @@ impl Lab {
         for (i, client) in clients.iter().enumerate() {
             link(&node, client, i, options.mtu);
         }
+        let outside = options.outside.then(|| Netns::new("host"));
         let backend = Upstream::on(listen(&node, BACKEND, Protocol::TCP), Behaviour::echo_body());
         let pin_dir = PathBuf::from(format!(
             "/sys/fs/bpf/pf-test-{}-{}",
             process::id(),
             COUNTER.fetch_add(1, Ordering::Relaxed)
         ));
-        let mut lab =
-            Self { daemon: None, proxy: Running::None, _backend: backend, clients, node, pin_dir, options };
+        let mut lab = Self {
+            daemon: None,
+            proxy: Running::None,
+            _backend: backend,
+            clients,
+            outside,
+            node,
+            pin_dir,
+            options,
+        };
         lab.start_proxy();
         if lab.options.daemon && !plain() {
             mount_bpffs();
@@ -177,6 +191,21 @@ impl Lab {
     /// The node's namespace; its interface towards client `i` is `n0`, `n1`...
     pub fn node(&self) -> &Netns {
         &self.node
+    }
+
+    /// The namespace that the daemon runs in.
+    pub fn home(&self) -> &Netns {
+        self.outside.as_ref().unwrap_or(&self.node)
+    }
+
+    /// Adds a client, on a new interface of the node.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn add_client(&mut self) {
+        let client = Netns::new("client");
+        link(&self.node, &client, self.clients.len(), self.options.mtu);
+        self.clients.push(client);
     }
 
     /// The namespace of client `i`; its interface is `c0`, `c1`...
@@ -256,6 +285,42 @@ impl Lab {
         assert_eq!(connection.as_deref(), Some("close"), "{case}: {response:?}");
     }
 
+    /// Who answers a preflight now: a worker, or the proxy. `None`: nobody.
+    ///
+    /// # Panics
+    /// The answer is neither's.
+    pub fn answered_by_worker(&self, site: SocketAddr) -> Option<bool> {
+        let mut client = self.try_connect(site).ok()?;
+        client.try_send(allowed_preflight("/x")).ok()?;
+        let response = client.try_response().ok()?;
+        expect_either(self, &response, site);
+        Some(response.header("x-from").is_none())
+    }
+
+    /// Waits until workers answer at every site; in a lab without the daemon, not at all.
+    ///
+    /// # Panics
+    /// They do not.
+    pub fn wait_steered(&self) {
+        for site in self.sites().into_iter().filter(|_| self.is_steered()) {
+            wait_until(format_args!("a worker to answer at {site}"), || {
+                self.answered_by_worker(site) == Some(true)
+            });
+        }
+    }
+
+    /// Waits until the proxy answers preflights at every site.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn wait_proxied(&self) {
+        for site in self.sites() {
+            wait_until(format_args!("the proxy to answer at {site}"), || {
+                self.answered_by_worker(site) == Some(false)
+            });
+        }
+    }
+
     /// The daemon.
     ///
     /// # Panics
@@ -270,7 +335,7 @@ impl Lab {
     /// It does not.
     pub fn start_daemon(&mut self) {
         let mut daemon = self.another_daemon(ADMIN);
-        daemon.wait_ready(&self.node);
+        daemon.wait_ready(self.home());
         self.daemon = Some(daemon);
     }
 
@@ -279,8 +344,15 @@ impl Lab {
     /// # Panics
     /// It cannot be started.
     pub fn another_daemon(&self, admin: SocketAddr) -> Steerer {
-        let text = self.toml(admin);
-        Steerer::start(&self.node, admin, &text)
+        self.another_daemon_with(admin, &self.toml(admin))
+    }
+
+    /// Starts one more daemon with this configuration, whose admin interface is at `admin`.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn another_daemon_with(&self, admin: SocketAddr, text: &str) -> Steerer {
+        Steerer::start(self.home(), admin, text)
     }
 
     /// From now on this is the lab's daemon; gives the one that was.
@@ -290,9 +362,18 @@ impl Lab {
 
     /// The daemon's configuration with the admin interface at `admin`.
     pub fn toml(&self, admin: SocketAddr) -> String {
+        self.toml_with(admin, &self.options.policies)
+    }
+
+    /// The same with other policies.
+    pub fn toml_with(&self, admin: SocketAddr, policies: &str) -> String {
+        let netns = match self.outside {
+            Some(_) => format!("netns = \"/run/netns/{}\"\n", self.node.name()),
+            None => String::new(),
+        };
         format!(
             "{toml}\n\
-             [steer]\npin_dir = \"{pin_dir}\"\n{steer}\n\n\
+             [steer]\npin_dir = \"{pin_dir}\"\n{netns}{steer}\n\n\
              [[listener]]\nname = \"web4\"\naddress = \"0.0.0.0:80\"\nsteer = true\n\n\
              [[listener]]\nname = \"web6\"\naddress = \"[::]:80\"\nsteer = true\n\n\
              [workers]\ncount = 2\npin = false\n\n\
@@ -300,7 +381,6 @@ impl Lab {
             toml = self.options.toml,
             pin_dir = self.pin_dir.display(),
             steer = self.options.steer,
-            policies = self.options.policies,
         )
     }
 
@@ -314,14 +394,19 @@ impl Lab {
     /// # Panics
     /// If `preflightd detach` fails.
     pub fn detach(&self) {
-        let output = self.detach_command().output().expect("running preflightd detach");
-        assert!(output.status.success(), "preflightd detach: {output:?}");
+        self.detach_from(&self.pin_dir);
     }
 
-    fn detach_command(&self) -> Command {
-        let mut command = inside(&self.node, &preflightd());
-        command.args(["detach", "--pin-dir"]).arg(&self.pin_dir);
-        command
+    /// Removes what is pinned in another directory.
+    ///
+    /// # Panics
+    /// If `preflightd detach` fails.
+    pub fn detach_from(&self, pin_dir: impl AsRef<Path>) {
+        let mut command = inside(self.home(), &preflightd());
+        let output = command.args(["detach", "--pin-dir"]).arg(pin_dir.as_ref()).output();
+        assert!(output.as_ref().is_ok_and(|o| o.status.success()), "preflightd detach: {output:?}");
+        // It may leave the directory itself.
+        let _ = fs::remove_dir(&pin_dir);
     }
 
     /// The daemon's metrics.
@@ -329,7 +414,7 @@ impl Lab {
     /// # Panics
     /// As [`Steerer::metrics`]; in a lab without the daemon.
     pub fn metrics(&self) -> Metrics {
-        self.daemon.as_ref().expect("the daemon runs in this lab").metrics(&self.node)
+        self.daemon.as_ref().expect("the daemon runs in this lab").metrics(self.home())
     }
 
     /// How many flows went to `to`: `worker` or `proxy`.
@@ -497,16 +582,12 @@ impl Drop for Lab {
             eprintln!("--- nginx's error log ---\n{}\n---", complaints.join("\n"));
         }
         self.daemon = None;
-        if self.pin_dir.exists() {
-            let output = self.detach_command().output();
-            if !output.as_ref().is_ok_and(|output| output.status.success()) {
-                eprintln!("preflightd detach failed: {output:?}");
-            }
-            // `detach` may leave the directory itself.
-            let _ = fs::remove_dir(&self.pin_dir);
-            if self.pin_dir.exists() {
-                eprintln!("left behind: {}", self.pin_dir.display());
-            }
+        if self.pin_dir.exists() && !thread::panicking() {
+            self.detach();
+            assert!(!self.pin_dir.exists(), "left behind: {}", self.pin_dir.display());
+        } else if self.pin_dir.exists() {
+            // Nothing may be left behind, and a second panic would hide the first.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.detach()));
         }
         self.stop_proxy();
     }
@@ -555,6 +636,21 @@ impl Steerer {
         let response = node.enter(|| fetch(self.admin, "/metrics")).expect("reading /metrics");
         assert_eq!(response.status, 200, "/metrics: {response:?}");
         Metrics::parse(&String::from_utf8(response.body).expect("metrics in UTF-8"))
+    }
+
+    /// Replaces its configuration file, as editors do; it notices by itself.
+    ///
+    /// # Panics
+    /// If the file cannot be written.
+    pub fn rewrite(&self, text: &str) {
+        let new = self.directory.path().join("preflightd.toml.new");
+        fs::write(&new, text).expect("writing the configuration");
+        fs::rename(new, self.directory.path().join("preflightd.toml")).expect("renaming the configuration");
+    }
+
+    /// Where its admin interface is, in its namespace.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
     }
 
     /// What it wrote so far.

@@ -26,36 +26,6 @@ const STALE: Duration = Duration::from_millis(2500);
 /// The second daemon's admin interface, in an upgrade.
 const SECOND_ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9001);
 
-/// Waits until preflights to all sites are answered by a worker again.
-fn wait_steered(lab: &Lab) {
-    if !lab.is_steered() {
-        return;
-    }
-    for site in lab.sites() {
-        wait_until(format_args!("a worker to answer at {site}"), || {
-            answered_by_worker(lab, site) == Some(true)
-        });
-    }
-}
-
-/// Waits until preflights to all sites are answered by the proxy.
-fn wait_proxied(lab: &Lab) {
-    for site in lab.sites() {
-        wait_until(format_args!("the proxy to answer at {site}"), || {
-            answered_by_worker(lab, site) == Some(false)
-        });
-    }
-}
-
-/// Whether a worker answers a preflight, or the proxy; `None`: nobody.
-fn answered_by_worker(lab: &Lab, site: SocketAddr) -> Option<bool> {
-    let mut client = lab.try_connect(site).ok()?;
-    client.try_send(allowed_preflight("/x")).ok()?;
-    let response = client.try_response().ok()?;
-    expect_either(lab, &response, site);
-    Some(response.header("x-from").is_none())
-}
-
 #[test]
 fn no_proxy_means_refused() {
     if !can_run() {
@@ -63,7 +33,7 @@ fn no_proxy_means_refused() {
     }
     let mut lab = Lab::new();
     for _ in 0..2 {
-        wait_steered(&lab);
+        lab.wait_steered();
         for site in lab.sites() {
             lab.get(site, "/before");
         }
@@ -79,7 +49,7 @@ fn no_proxy_means_refused() {
             lab.get(site, "/after");
         }
     }
-    wait_steered(&lab);
+    lab.wait_steered();
 }
 
 /// nginx replaces its workers, and keeps its listening sockets: nobody may notice.
@@ -96,7 +66,7 @@ fn the_proxy_reloads_under_load() {
         kill_process(nginx, Signal::HUP).expect("a signal to nginx");
         load.go_on(200, "nginx reloads");
     }
-    wait_steered(&lab);
+    lab.wait_steered();
     let report = load.stop();
     // What a client keeps alive, nginx may close as the request arrives: as without us.
     assert!(report.failed_gets.iter().all(|f| f.contains("KeepAlive")), "{:#?}", report.failed_gets);
@@ -110,7 +80,7 @@ fn a_killed_daemon_in_mid_storm() {
         return;
     }
     let mut lab = Lab::new();
-    wait_steered(&lab);
+    lab.wait_steered();
     let load = Load::start(&lab);
     load.go_on(300, "all is well");
     if lab.is_steered() {
@@ -143,12 +113,12 @@ fn a_daemon_that_comes_back_steers_again() {
     }
     let load = Load::start(&lab);
     for _ in 0..2 {
-        wait_steered(&lab);
+        lab.wait_steered();
         lab.daemon().kill();
-        wait_proxied(&lab);
+        lab.wait_proxied();
         lab.start_daemon();
     }
-    wait_steered(&lab);
+    lab.wait_steered();
     load.stop().expect_flawless_gets();
 }
 
@@ -162,7 +132,7 @@ fn a_stopped_daemon() {
     if !lab.is_steered() {
         return;
     }
-    wait_steered(&lab);
+    lab.wait_steered();
     let load = Load::start(&lab);
     load.go_on(300, "all is well");
     lab.daemon().signal(Signal::STOP);
@@ -174,7 +144,7 @@ fn a_stopped_daemon() {
         }
     }
     lab.daemon().signal(Signal::CONT);
-    wait_steered(&lab);
+    lab.wait_steered();
     load.go_on(300, "the daemon goes on");
     // What workers had been given is answered late, not lost.
     load.stop().expect_flawless();
@@ -189,14 +159,14 @@ fn a_daemon_that_is_told_to_end() {
     if !lab.is_steered() {
         return;
     }
-    wait_steered(&lab);
+    lab.wait_steered();
     let load = Load::start(&lab);
     load.go_on(300, "all is well");
     lab.daemon().signal(Signal::TERM);
     let status = lab.daemon().wait();
     assert!(status.success(), "{status}");
     load.go_on(300, "the daemon has ended");
-    wait_proxied(&lab);
+    lab.wait_proxied();
     load.stop().expect_flawless();
 }
 
@@ -210,11 +180,11 @@ fn an_upgrade_in_place() {
     if !lab.is_steered() {
         return;
     }
-    wait_steered(&lab);
+    lab.wait_steered();
     let load = Load::start(&lab);
     load.go_on(300, "the first daemon runs");
     let mut second = lab.another_daemon(SECOND_ADMIN);
-    second.wait_ready(lab.node());
+    second.wait_ready(lab.home());
     load.go_on(300, "both run");
     let mut first = lab.replace_daemon(second).expect("the first daemon");
     first.signal(Signal::TERM);
@@ -241,7 +211,7 @@ fn a_detached_program_under_load() {
     if !lab.is_steered() {
         return;
     }
-    wait_steered(&lab);
+    lab.wait_steered();
     let load = Load::start(&lab);
     load.go_on(300, "all is well");
     lab.detach();
@@ -306,10 +276,10 @@ fn no_syn_cookies() {
         return;
     }
     let lab = Lab::new();
-    wait_steered(&lab);
+    lab.wait_steered();
     for round in 0..2 {
         lab.node().sysctl("net.ipv4.tcp_syncookies", "0");
-        wait_proxied(&lab);
+        lab.wait_proxied();
         for site in lab.sites() {
             for i in 0..20 {
                 lab.get(site, &format!("/{i}"));
@@ -317,7 +287,7 @@ fn no_syn_cookies() {
             }
         }
         lab.node().sysctl("net.ipv4.tcp_syncookies", "1");
-        wait_steered(&lab);
+        lab.wait_steered();
     }
 }
 
@@ -380,7 +350,7 @@ fn the_workers_queues_are_full() {
     if !lab.is_steered() {
         return;
     }
-    wait_steered(&lab);
+    lab.wait_steered();
     lab.daemon().signal(Signal::STOP);
     let mut clients = Vec::new();
     for i in 0..2000 {
@@ -396,7 +366,7 @@ fn the_workers_queues_are_full() {
     for (site, client) in &mut clients {
         expect_either(&lab, &client.response(), site);
     }
-    wait_steered(&lab);
+    lab.wait_steered();
 }
 
 /// More silent clients than may be pending: those beyond are the kernel's, none is lost.
@@ -424,7 +394,7 @@ fn the_pending_map_is_full() {
         assert_eq!(lost, 0, "{site}: silent clients were reset");
         drop(silent);
         if lab.is_steered() {
-            wait_until("workers to answer again", || answered_by_worker(lab, site) == Some(true));
+            wait_until("workers to answer again", || lab.answered_by_worker(site) == Some(true));
         }
     });
 }

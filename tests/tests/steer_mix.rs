@@ -116,9 +116,10 @@ impl Mixer {
     }
 
     fn closing_get(&mut self, site: SocketAddr) -> io::Result<()> {
+        let path = format!("/{}", self.next(1_000_000));
         let mut client = Client::try_connect(site)?;
-        client.try_send(format!("GET /c HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n"))?;
-        check_get(&client.try_response()?, "/c")?;
+        client.try_send(format!("GET {path} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n"))?;
+        check_get(&client.try_response()?, &path)?;
         ended(&mut client)
     }
 
