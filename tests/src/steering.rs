@@ -4,53 +4,39 @@
 //! With `PREFLIGHTD_LAB=plain` in the environment there is no daemon, and every preflight is expected from the proxy: the
 //! yardstick that the rows of the tests are themselves held against.
 
+mod place;
+mod proxy;
+mod steerer;
+
 use std::{
-    env, fs,
-    fs::File,
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    env, fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    process::{self, Child, Command, ExitStatus, Stdio},
+    process,
     sync::atomic::{AtomicU32, Ordering},
     thread,
 };
 
-use rustix::process::Signal;
-use socket2::{Domain, Protocol, Socket, Type};
-use tempfile::TempDir;
+use socket2::Protocol;
 
+use self::{
+    place::{Addresses, addresses, link, listen, mount_bpffs},
+    proxy::{BACKEND, Running},
+    steerer::inside,
+};
+pub use self::{
+    proxy::{BIG, Proxy, big},
+    steerer::Steerer,
+};
 use crate::{
     Behaviour, Client, Nginx, Response, Upstream,
-    client::{fetch, get, preflight},
+    client::{get, preflight},
     daemon::{Metrics, ORIGIN, POLICY, preflightd},
     netns::{Netns, have_root},
-    site::{PATIENCE, end, have, program, signal, wait_exit, wait_until},
-    wire::{Mac, Wire},
+    site::{have, wait_until},
+    wire::Wire,
 };
-
-/// What stands behind the served port.
-#[derive(Clone, Debug)]
-pub enum Proxy {
-    /// nginx. Its answers carry `X-From: proxy`, its bodies are `nginx URI`; OPTIONS is 405. `POST /echo` gives the
-    /// body back; `/big` is [`BIG`] bytes.
-    Nginx {
-        /// Processes that accept.
-        workers: u32,
-        /// Each with a listening socket of its own.
-        reuseport: bool,
-    },
-    /// haproxy, with the same answers.
-    Haproxy,
-    /// A server of ours that records every byte, on one socket for both IP versions.
-    Upstream(Behaviour),
-    /// The same on a socket for Multipath TCP, as Go's servers listen.
-    MptcpUpstream(Behaviour),
-    /// Nothing listens.
-    None,
-}
-
-/// The length of nginx's `/big`.
-pub const BIG: usize = 8 << 20;
 
 /// What a lab is to consist of.
 #[derive(Clone, Debug)]
@@ -109,24 +95,11 @@ pub struct Lab {
     options: Options,
 }
 
-#[derive(Debug)]
-enum Running {
-    Nginx(Nginx),
-    Haproxy { child: Child, _directory: TempDir },
-    Upstream(Upstream),
-    None,
-}
-
 /// The `Host` of every request.
 pub const HOST: &str = "api.test";
 
-/// The port of the site on all addresses of both IP versions.
-const EVERYWHERE: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 80);
 /// Where the node's admin interface is, within its namespace.
 const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9000);
-/// Where `/echo` is served, within the node's namespace.
-const BACKEND: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8081);
-
 impl Lab {
     /// A lab with nginx and the daemon.
     pub fn new() -> Self {
@@ -427,19 +400,7 @@ impl Lab {
     /// # Panics
     /// It does not.
     pub fn start_proxy(&mut self) {
-        self.proxy = match &self.options.proxy {
-            Proxy::None => Running::None,
-            Proxy::Nginx { workers, reuseport } => self.start_nginx(*workers, *reuseport),
-            Proxy::Haproxy => self.start_haproxy(),
-            Proxy::Upstream(behaviour) => Running::Upstream(Upstream::on(
-                listen(&self.node, EVERYWHERE, Protocol::TCP),
-                behaviour.clone(),
-            )),
-            Proxy::MptcpUpstream(behaviour) => Running::Upstream(Upstream::on(
-                listen(&self.node, EVERYWHERE, Protocol::MPTCP),
-                behaviour.clone(),
-            )),
-        };
+        self.proxy = Running::start(&self.options.proxy, &self.node, &self.options.nginx);
         if matches!(self.proxy, Running::Nginx(_) | Running::Haproxy { .. }) {
             for site in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
                 let site = SocketAddr::new(site, 80);
@@ -452,9 +413,6 @@ impl Lab {
 
     /// Ends the proxy.
     pub fn stop_proxy(&mut self) {
-        if let Running::Haproxy { child, .. } = &mut self.proxy {
-            end(child);
-        }
         self.proxy = Running::None;
     }
 
@@ -498,72 +456,6 @@ impl Lab {
         assert!(output.status.success(), "ss: {output:?}");
         String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
     }
-
-    fn start_nginx(&self, workers: u32, reuseport: bool) -> Running {
-        let command = self.node.command(program("nginx").expect("nginx is installed"));
-        let reuseport = if reuseport { "reuseport" } else { "" };
-        let more = &self.options.nginx;
-        Running::Nginx(Nginx::start_workers(workers, &[], command, |directory| {
-            fs::write(directory.join("big"), big()).expect("writing /big");
-            format!(
-                "upstream backend {{ server {BACKEND}; keepalive 64; }}
-                server {{
-                    listen 0.0.0.0:80 {reuseport};
-                    listen [::]:80 {reuseport};
-                    add_header X-From proxy always;
-                    {more}
-                    location = /echo {{
-                        proxy_http_version 1.1;
-                        proxy_set_header Connection '';
-                        proxy_pass http://backend;
-                    }}
-                    location = /big {{ root {directory}; }}
-                    location / {{
-                        if ($request_method = OPTIONS) {{ return 405; }}
-                        return 200 'nginx $request_uri';
-                    }}
-                }}",
-                directory = directory.display()
-            )
-        }))
-    }
-
-    fn start_haproxy(&self) -> Running {
-        let directory = TempDir::with_prefix("haproxy-").expect("a directory for haproxy");
-        let config = format!(
-            "global
-                nbthread 1
-                maxconn 8192
-            defaults
-                mode http
-                timeout connect 30s
-                timeout client 60s
-                timeout server 60s
-            frontend web
-                bind 0.0.0.0:80
-                bind [::]:80 v6only
-                use_backend echo if {{ path /echo }}
-                http-request return status 405 hdr X-From proxy if METH_OPTIONS !{{ path /echo }}
-                http-request return status 200 content-type text/plain hdr X-From proxy lf-string \"nginx %[url]\" unless {{ path /echo }}
-            backend echo
-                http-response set-header X-From proxy
-                server echo {BACKEND}\n"
-        );
-        let file = directory.path().join("haproxy.cfg");
-        fs::write(&file, config).expect("writing haproxy.cfg");
-        let log = File::create(directory.path().join("log")).expect("haproxy's log");
-        let child = self
-            .node
-            .command(program("haproxy").expect("haproxy is installed"))
-            .args(["-db", "-f"])
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("starting haproxy");
-        Running::Haproxy { child, _directory: directory }
-    }
 }
 
 impl Default for Lab {
@@ -587,112 +479,9 @@ impl Drop for Lab {
             assert!(!self.pin_dir.exists(), "left behind: {}", self.pin_dir.display());
         } else if self.pin_dir.exists() {
             // Nothing may be left behind, and a second panic would hide the first.
-            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.detach()));
+            let _ = catch_unwind(AssertUnwindSafe(|| self.detach()));
         }
         self.stop_proxy();
-    }
-}
-
-/// A daemon in the node's namespace.
-#[derive(Debug)]
-pub struct Steerer {
-    child: Child,
-    admin: SocketAddr,
-    directory: TempDir,
-}
-
-impl Steerer {
-    fn start(node: &Netns, admin: SocketAddr, text: &str) -> Self {
-        let directory = TempDir::with_prefix("preflightd-").expect("a directory for the daemon");
-        let file = directory.path().join("preflightd.toml");
-        fs::write(&file, text).expect("writing the configuration");
-        let log = File::create(directory.path().join("log")).expect("the daemon's log");
-        let second = log.try_clone().expect("a second handle to the log");
-        let mut command = inside(node, &preflightd());
-        command.env_remove("RUST_LOG").args(["run", "--config"]).arg(file);
-        command.stdin(Stdio::null()).stdout(log).stderr(second);
-        let child = command.spawn().unwrap_or_else(|e| panic!("starting {command:?}: {e}"));
-        Self { child, admin, directory }
-    }
-
-    /// Waits for `/readyz` in its namespace.
-    ///
-    /// # Panics
-    /// The daemon ends, or does not become ready.
-    pub fn wait_ready(&mut self, node: &Netns) {
-        wait_until("the daemon to steer", || {
-            if let Some(status) = self.child.try_wait().expect("waiting for the daemon") {
-                panic!("the daemon ended with {status}");
-            }
-            node.enter(|| fetch(self.admin, "/readyz")).is_ok_and(|r| r.status == 200)
-        });
-    }
-
-    /// Reads all metrics.
-    ///
-    /// # Panics
-    /// They cannot be had.
-    pub fn metrics(&self, node: &Netns) -> Metrics {
-        let response = node.enter(|| fetch(self.admin, "/metrics")).expect("reading /metrics");
-        assert_eq!(response.status, 200, "/metrics: {response:?}");
-        Metrics::parse(&String::from_utf8(response.body).expect("metrics in UTF-8"))
-    }
-
-    /// Replaces its configuration file, as editors do; it notices by itself.
-    ///
-    /// # Panics
-    /// If the file cannot be written.
-    pub fn rewrite(&self, text: &str) {
-        let new = self.directory.path().join("preflightd.toml.new");
-        fs::write(&new, text).expect("writing the configuration");
-        fs::rename(new, self.directory.path().join("preflightd.toml")).expect("renaming the configuration");
-    }
-
-    /// Where its admin interface is, in its namespace.
-    pub fn admin(&self) -> SocketAddr {
-        self.admin
-    }
-
-    /// What it wrote so far.
-    pub fn log(&self) -> String {
-        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
-    }
-
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Sends a signal.
-    pub fn signal(&self, number: Signal) {
-        signal(&self.child, number);
-    }
-
-    /// Kills it, and waits for its end.
-    ///
-    /// # Panics
-    /// It cannot be killed.
-    pub fn kill(&mut self) {
-        self.child.kill().expect("killing the daemon");
-        self.child.wait().expect("waiting for the daemon");
-    }
-
-    /// Waits for its end.
-    ///
-    /// # Panics
-    /// It does not end.
-    pub fn wait(&mut self) -> ExitStatus {
-        wait_exit(&mut self.child, PATIENCE).expect("the daemon to end")
-    }
-}
-
-impl Drop for Steerer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if thread::panicking() {
-            eprintln!("--- the daemon's log ---\n{}---", self.log());
-        }
     }
 }
 
@@ -742,11 +531,6 @@ pub fn check_get(response: &Response, path: &str) {
     assert_eq!((response.status, &*body), (200, &*format!("nginx {path}")), "GET {path}");
 }
 
-/// What `/big` holds.
-pub fn big() -> Vec<u8> {
-    (0..BIG as u32 / 4).flat_map(|i| i.wrapping_mul(2_654_435_761).to_be_bytes()).collect()
-}
-
 /// Checks that someone answered a preflight as they should: a worker or the proxy.
 ///
 /// # Panics
@@ -769,78 +553,4 @@ pub fn plain() -> bool {
 /// Whether there is time for the long forms of tests.
 pub fn full() -> bool {
     env::var_os("PREFLIGHTD_FULL").is_some()
-}
-
-struct Addresses {
-    node: [IpAddr; 2],
-    client: [IpAddr; 2],
-    /// The address that belongs to no kernel.
-    wire: [IpAddr; 2],
-    /// The client's and the node's hardware address.
-    macs: (Mac, Mac),
-}
-
-fn addresses(i: usize) -> Addresses {
-    let i = u8::try_from(i).expect("few clients");
-    let host = |host: u8| {
-        let v6 = Ipv6Addr::from([0xfd00, 0x78, u16::from(i), 0, 0, 0, 0, u16::from(host)]);
-        [Ipv4Addr::from([10, 78, i, host]).into(), v6.into()]
-    };
-    let mac = |host: u8| [2, 0, 0, 0x78, i, host];
-    Addresses { node: host(1), client: host(2), wire: host(3), macs: (mac(2), mac(1)) }
-}
-
-/// Links client `i` to the node and tells the node where the wire's addresses are.
-fn link(node: &Netns, client: &Netns, i: usize, mtu: u32) {
-    let Addresses { node: n, client: c, wire, macs } = addresses(i);
-    let with_length = |a: [IpAddr; 2]| [format!("{}/24", a[0]), format!("{}/64", a[1])];
-    let (at_node, at_client) = (with_length(n), with_length(c));
-    node.link(
-        &format!("n{i}"),
-        &[&at_node[0], &at_node[1]],
-        client,
-        &format!("c{i}"),
-        &[&at_client[0], &at_client[1]],
-    );
-    let text = |mac: Mac| mac.map(|byte| format!("{byte:02x}")).join(":");
-    client.ip(&format!("link set c{i} address {} mtu {mtu}", text(macs.0)));
-    node.ip(&format!("link set n{i} address {} mtu {mtu}", text(macs.1)));
-    for address in wire {
-        node.ip(&format!("neighbour replace {address} lladdr {} dev n{i} nud permanent", text(macs.0)));
-    }
-}
-
-/// A listening socket in a namespace; on `[::]` for both IP versions.
-fn listen(netns: &Netns, address: SocketAddr, protocol: Protocol) -> TcpListener {
-    netns.enter(|| {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(protocol))
-            .expect("a listening socket");
-        socket.set_reuse_address(true).expect("SO_REUSEADDR");
-        if address.is_ipv6() {
-            socket.set_only_v6(false).expect("IPV6_V6ONLY");
-        }
-        socket.bind(&address.into()).unwrap_or_else(|e| panic!("binding {address}: {e}"));
-        socket.listen(4096).expect("listening");
-        socket.into()
-    })
-}
-
-/// The same command in a namespace.
-fn inside(netns: &Netns, command: &Command) -> Command {
-    let mut wrapped = netns.command(command.get_program());
-    wrapped.args(command.get_args());
-    wrapped
-}
-
-/// Mounts the BPF file system where it is not.
-fn mount_bpffs() {
-    // One test at a time: a second mount would hide what is pinned in the first.
-    let lock = File::create(env::temp_dir().join("preflightd-tests-bpffs.lock")).expect("a lock file");
-    lock.lock().expect("locking it");
-    let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc/self/mounts");
-    if mounts.lines().any(|line| line.split(' ').nth(1) == Some("/sys/fs/bpf")) {
-        return;
-    }
-    let status = Command::new("mount").args(["-t", "bpf", "bpf", "/sys/fs/bpf"]).status();
-    assert!(status.is_ok_and(|s| s.success()), "cannot mount the BPF file system on /sys/fs/bpf");
 }

@@ -15,8 +15,8 @@ use crate::{bench, lint, setup, sh};
 /// Set up, check, build and test everything
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Take the time: ten minutes for each fuzz target, 40 times as many cases for each property, and nothing left out
-    /// that can be installed
+    /// Take the time: ten minutes for each fuzz target, 40 times as many cases for each property, the long forms of tests
+    /// of steering, and nothing left out that can be installed
     #[arg(long)]
     full: bool,
 }
@@ -104,7 +104,7 @@ fn nextest(full: bool) -> Result<Outcome> {
     let mut cargo = sh::cargo();
     cargo.args(["nextest", "run", "--locked", "--no-fail-fast"]);
     if full {
-        cargo.env("PROPTEST_CASES", "10240");
+        cargo.env("PROPTEST_CASES", "10240").env("PREFLIGHTD_FULL", "1");
     }
     let closing = run_nextest(&mut cargo)?;
     Ok(Outcome::ran(if sh::is_root() {
