@@ -45,6 +45,9 @@ pub mod flag {
     pub const CWR: u8 = 0x80;
 }
 
+/// Timestamps do not begin at zero: an echo of one is then no accident.
+const FIRST_CLOCK: u32 = 1_000_000;
+
 /// A hardware address.
 pub type Mac = [u8; 6];
 
@@ -135,8 +138,10 @@ pub struct Wire {
     server: SocketAddr,
     queue: RefCell<VecDeque<Segment>>,
     next_port: Cell<u16>,
-    /// Timestamps count milliseconds from here.
+    /// Timestamps count milliseconds from here...
     epoch: Instant,
+    /// ... and from this value.
+    first_clock: Cell<u32>,
 }
 
 impl Wire {
@@ -162,6 +167,7 @@ impl Wire {
             queue: RefCell::default(),
             next_port: Cell::new(20_000 + (random % 10_000) as u16),
             epoch: Instant::now(),
+            first_clock: Cell::new(FIRST_CLOCK),
         }
     }
 
@@ -178,7 +184,8 @@ impl Wire {
     ) -> Self {
         let socket = packet_socket(netns, interface, false).unwrap_or_else(|e| panic!("{interface}: {e}"));
         let (next_port, epoch) = (Cell::new(20_000), Instant::now());
-        Self { socket, macs, local, server, queue: RefCell::default(), next_port, epoch }
+        let first_clock = Cell::new(FIRST_CLOCK);
+        Self { socket, macs, local, server, queue: RefCell::default(), next_port, epoch, first_clock }
     }
 
     /// A connection from the next port; nothing is sent yet.
@@ -218,9 +225,19 @@ impl Wire {
         self.transmit(&header, &[], Shape::Plain);
     }
 
+    /// Sets the value that timestamps count from; for connections that come.
+    pub fn start_clock_at(&self, value: u32) {
+        self.first_clock.set(value);
+    }
+
     fn clock(&self) -> u32 {
-        // Not from zero: an echo of it is then no accident.
-        (self.epoch.elapsed().as_millis() as u32).wrapping_add(1_000_000)
+        self.first_clock.get().wrapping_add(self.epoch.elapsed().as_millis() as u32)
+    }
+
+    /// Whether `value` may be a timestamp that was sent.
+    fn was_sent(&self, value: u32) -> bool {
+        let first = self.first_clock.get();
+        value.wrapping_sub(first) <= self.clock().wrapping_sub(first)
     }
 
     fn transmit(&self, header: &Header, data: &[u8], shape: Shape) {

@@ -340,6 +340,25 @@ fn a_reset_leaves_nothing_behind() {
     });
 }
 
+#[test]
+fn sequence_numbers_and_clocks_wrap() {
+    both_requests(|lab, site, request, check| {
+        let wire = lab.wire(site);
+        for isn in [0, 1 << 31, u32::MAX, u32::MAX - 1, u32::MAX - 20, u32::MAX - request.len() as u32] {
+            for clock in [1, 1 << 31, u32::MAX - 1] {
+                wire.start_clock_at(clock);
+                let mut connection = wire.connection(Offer::LINUX);
+                connection.start_at(isn);
+                connection.handshake();
+                connection.probe();
+                connection.expect_segment("the answer to a keepalive");
+                check(&exchange(&mut connection, request), &format!("from {isn}, clock from {clock}"));
+                connection.close();
+            }
+        }
+    });
+}
+
 /// Who does not know the sequence number of the SYN-ACK gets no answer.
 #[test]
 fn guessing_the_sequence_number() {

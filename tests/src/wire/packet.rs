@@ -330,6 +330,52 @@ mod tests {
         assert_eq!(fold(sum(&[1, 2, 3], 0)), 0x0402);
     }
 
+    const MACS: (Mac, Mac) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+
+    fn header(source: &str, destination: &str) -> Header {
+        let [source, destination] = [source, destination].map(|a| a.parse().expect("an address"));
+        let options = syn_options(&Offer::LINUX, 9);
+        Header { source, destination, seq: 1, ack: 2, flags: 0x18, window: 3, options, ecn: 0 }
+    }
+
+    fn read(frame: &[u8], header: &Header) -> Option<Segment> {
+        read_frame(frame, (MACS.1, MACS.0), header.destination.ip(), header.source)
+    }
+
+    #[test]
+    fn frames_are_read_as_they_are_written() {
+        for (server, client) in [("10.0.0.1:80", "10.0.0.2:9"), ("[fd00::1]:80", "[fd00::2]:9")] {
+            for shape in [Shape::Plain, Shape::Partial] {
+                let header = header(server, client);
+                let frame = frames(&header, b"data", shape, MACS).remove(0);
+                let segment = read(&frame, &header).expect("a segment of ours");
+                assert_eq!((segment.port, segment.seq, segment.ack), (9, 1, 2), "{server}, {shape:?}");
+                assert_eq!(segment.data, b"data", "{server}, {shape:?}");
+                assert_eq!(segment.options.mss, Some(1460), "{server}, {shape:?}");
+            }
+        }
+    }
+
+    /// A strict client takes nothing that a wire has bent; but for the partial checksum, which does not cover the data yet.
+    #[test]
+    fn bent_frames_are_not_taken() {
+        for (server, client) in [("10.0.0.1:80", "10.0.0.2:9"), ("[fd00::1]:80", "[fd00::2]:9")] {
+            let header = header(server, client);
+            let ip_header = if header.source.is_ipv4() { 20 } else { 40 };
+            let good = frames(&header, b"data", Shape::Plain, MACS).remove(0);
+            for at in VNET_HEADER + 14 + ip_header..good.len() {
+                let mut bent = good.clone();
+                bent[at] ^= 0x10;
+                let taken = std::panic::catch_unwind(|| read(&bent, &header).is_some());
+                assert!(!taken.unwrap_or(false), "{server}: byte {at} bent, and taken");
+            }
+            let mut bent = frames(&header, b"data", Shape::Partial, MACS).remove(0);
+            bent[VNET_HEADER + 14 + ip_header + 17] ^= 0x10;
+            let taken = std::panic::catch_unwind(|| read(&bent, &header).is_some());
+            assert!(!taken.unwrap_or(false), "{server}: a wrong partial checksum, and taken");
+        }
+    }
+
     #[test]
     fn options_are_read_as_they_are_written() {
         for (name, offer, wanted) in [
