@@ -369,9 +369,12 @@ fn hostile_requests_are_shown_escaped() {
 #[test]
 #[cfg(feature = "ebpf")]
 fn a_probe_says_what_is_missing_and_what_to_do() {
-    let files = Files::new("probe", &[("good.toml", CONFIG), ("bad.toml", "[[listener]]\n")]);
-    let netns = ["--netns", "/run/netns/no-such-one"];
-    let output = files.run(&[&["probe", "--config", "good.toml", "--format", "json"][..], &netns].concat());
+    let netns = "/run/netns/no-such-one";
+    let steered = format!(
+        "[[listener]]\nname = \"web\"\naddress = \"0.0.0.0:80\"\nsteer = true\n[steer]\nnetns = \"{netns}\"\n"
+    );
+    let files = Files::new("probe", &[("steered.toml", &steered), ("bad.toml", "[[listener]]\n")]);
+    let output = files.run(&["probe", "--config", "steered.toml", "--format", "json"]);
     assert_eq!(output.status.code(), Some(1));
     let report: Value = serde_json::from_str(&stdout(&output)).expect("one object");
     assert_eq!((&report["steer"], &report["observe"]), (&Value::Bool(false), &Value::Bool(false)));
@@ -383,7 +386,7 @@ fn a_probe_says_what_is_missing_and_what_to_do() {
     let of = |name: &str| checks.iter().find(|check| check["name"] == name);
     assert_eq!(of("network namespace").expect("looked at")["needed_for"], "observe");
 
-    let output = files.run(&[&["probe", "--port", "80"][..], &netns].concat());
+    let output = files.run(&["probe", "--port", "80", "--netns", netns]);
     assert_eq!(output.status.code(), Some(1));
     let text = stdout(&output);
     assert!(text.contains("\nmissing  network namespace"), "{text}");
