@@ -94,6 +94,10 @@ pub struct Config {
     pub window_scale: u32,
     /// Cookies that each CPU may check in a [`BUDGET_SHIFT`] period while entries are being evicted.
     pub cookie_budget: u32,
+    /// Entries that each CPU may make in `PENDING` until [`Config::round`] changes: so many are surely free.
+    pub room: u32,
+    /// Changes each time that the daemon has counted.
+    pub round: u32,
     /// Who wrote this: a daemon that finds another number has been replaced.
     pub owner: u32,
 }
@@ -385,7 +389,7 @@ slots! {
 const _: () = assert!(size_of::<Flow>() == 36);
 const _: () = assert!(size_of::<Endpoint>() == 20);
 const _: () = assert!(size_of::<Service>() == 20);
-const _: () = assert!(size_of::<Config>() == 32);
+const _: () = assert!(size_of::<Config>() == 40);
 const _: () = assert!(size_of::<Interface>() == 8);
 const _: () = assert!(size_of::<Pending>() == 20);
 const _: () = assert!(size_of::<Host>() == 16);

@@ -55,7 +55,9 @@ pub(crate) fn syn(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 
     maps::count_port(service.row, kind::Syn);
     let now = maps::now();
     if !deferring || config.state == state::OBSERVE {
-        observe(packet, service, now);
+        if maps::take_room(config) {
+            observe(packet, service, now);
+        }
         return NEXT;
     }
     defer(skb, packet, config, service, now)
@@ -162,6 +164,9 @@ fn answer_syn(
         },
         None => None,
     };
+    if earlier.is_none() && !maps::take_room(config) {
+        return leave(fail_open::Pressure);
+    }
     let server_isn = earlier.unwrap_or(fresh);
     let pending = Pending {
         client_isn: packet.seq,

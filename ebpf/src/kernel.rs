@@ -4,7 +4,7 @@
 //! each field (a load with a magic offset). A field that the kernel lacks becomes a constant. The numbers are in
 //! `preflightd_common::abi`'s neighbour on the other side, `steer::object`.
 
-use aya_ebpf::bindings::{__sk_buff, tcp_sock, tcp_timewait_sock};
+use aya_ebpf::bindings::{__sk_buff, bpf_sock, tcp_sock, tcp_timewait_sock};
 #[cfg(target_arch = "bpf")]
 use core::arch::asm;
 
@@ -57,6 +57,35 @@ pub(crate) unsafe fn assign(
     {
         let _ = (skb, listener, attributes);
         -1
+    }
+}
+
+/// `bpf_rdonly_cast` (kernel/bpf/helpers.c, since 6.2): a socket that is known to be in TIME_WAIT, as what it is. The
+/// helper `bpf_skc_to_tcp_timewait_sock` knows only sockets of `tcp_prot`, which those of a listener in a SOCKMAP are not.
+#[inline(always)]
+pub(crate) unsafe fn as_time_wait(socket: *mut bpf_sock) -> *mut tcp_timewait_sock {
+    #[cfg(target_arch = "bpf")]
+    {
+        let result: u64;
+        // SAFETY: as above; the second argument is the type's id.
+        unsafe {
+            asm!(
+                "r2 = 0x4b460101",
+                ".byte 0x85, 0x20, 0, 0",
+                ".long 0x4b460002",
+                inlateout("r1") socket => _,
+                lateout("r0") result,
+                out("r2") _,
+                lateout("r3") _,
+                lateout("r4") _,
+                lateout("r5") _,
+            );
+        }
+        result as *mut tcp_timewait_sock
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    {
+        socket.cast()
     }
 }
 

@@ -65,9 +65,17 @@ static FAIL_OPENS: PerCpuArray<u64> = PerCpuArray::with_max_entries(fail_open::S
 #[map]
 static PORT_COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PORTS * kind::SLOTS, 0);
 
-/// The period (nanoseconds shifted by [`BUDGET_SHIFT`]) and the cookies checked in it.
+/// What a CPU has used up: of cookies in a period (nanoseconds shifted by [`BUDGET_SHIFT`]), of room in a round.
+pub(crate) struct Budget {
+    period: u64,
+    cookies: u32,
+    round: u32,
+    entries: u32,
+    _zero: u32,
+}
+
 #[map]
-static BUDGET: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(1, 0);
+static BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
 
 /// What is too large for the stack of 512 bytes, and the state of loops: the verifier knows nothing of what lies in a
 /// map, so it need not follow each turn of a loop.
@@ -190,11 +198,26 @@ pub(crate) fn take_cookie(config: &Config, now: u64) -> bool {
     // SAFETY: this CPU's own, and TC runs on a CPU one packet at a time.
     let budget = unsafe { &mut *budget };
     let period = now >> BUDGET_SHIFT;
-    if budget[0] != period {
-        *budget = [period, 0];
+    if budget.period != period {
+        budget.period = period;
+        budget.cookies = 0;
     }
-    budget[1] += 1;
-    budget[1] <= u64::from(config.cookie_budget)
+    budget.cookies += 1;
+    budget.cookies <= config.cookie_budget
+}
+
+/// Takes room for one entry of `PENDING` from this CPU's share; false: more might evict somebody.
+#[inline(always)]
+pub(crate) fn take_room(config: &Config) -> bool {
+    let Some(budget) = BUDGET.get_ptr_mut(0) else { return false };
+    // SAFETY: as in `take_cookie`.
+    let budget = unsafe { &mut *budget };
+    if budget.round != config.round {
+        budget.round = config.round;
+        budget.entries = 0;
+    }
+    budget.entries += 1;
+    budget.entries <= config.room
 }
 
 #[inline(always)]

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple},
-    helpers::{bpf_sk_release, bpf_skc_lookup_tcp, bpf_skc_to_tcp_sock, bpf_skc_to_tcp_timewait_sock},
+    helpers::{bpf_sk_release, bpf_skc_lookup_tcp, bpf_skc_to_tcp_sock},
 };
 use preflightd_common::{
     abi::{Pending, options},
@@ -104,8 +104,8 @@ unsafe fn listener(socket: *mut bpf_sock) -> Listener {
 unsafe fn gives_way(socket: *mut bpf_sock, packet: &Packet, syn: &Options) -> bool {
     // SAFETY: the caller's.
     unsafe {
-        let waiting = bpf_skc_to_tcp_timewait_sock(socket.cast());
-        if waiting.is_null() || kernel::tw_substate(waiting) as u32 != TIME_WAIT {
+        let waiting = kernel::as_time_wait(socket);
+        if kernel::tw_substate(waiting) as u32 != TIME_WAIT {
             return false;
         }
         let newer = after(packet.seq, kernel::tw_rcv_nxt(waiting) as u32);

@@ -84,7 +84,11 @@ fn waiting(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
         }
         return NEXT;
     }
-    if packet.flags & flags::ACK == 0 || packet.flags & flags::SYN != 0 {
+    if packet.flags & flags::SYN != 0 {
+        // Also our own, that ends a TIME_WAIT (`handshake::end_time_wait`).
+        return NEXT;
+    }
+    if packet.flags & flags::ACK == 0 {
         return SHOT;
     }
     if packet.ack != pending.server_isn.wrapping_add(1) {

@@ -11,6 +11,7 @@ use aya::{
     Btf, Ebpf, EbpfLoader,
     programs::{ProgramError, SchedClassifier},
 };
+use btf_rs::Type;
 use object::{Object as _, ObjectSection as _, SectionKind};
 
 use super::Error;
@@ -23,7 +24,9 @@ pub(super) const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// The function without which nothing can be steered (since 6.9).
 pub(super) const ASSIGN: &str = "bpf_sk_assign_tcp_reqsk";
-const ASSIGN_MAGIC: i32 = 0x4b46_0001;
+/// Functions of the kernel, and a type that one of them is told.
+const FUNCTIONS: [(i32, &str); 2] = [(0x4b46_0001, ASSIGN), (0x4b46_0002, "bpf_rdonly_cast")];
+const TYPES: [(i32, &str); 1] = [(0x4b46_0101, "tcp_timewait_sock")];
 
 /// A field of a kernel structure.
 struct Field {
@@ -116,7 +119,8 @@ pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), Error> {
 
 /// Where the running kernel has what the object asks for.
 struct Fit {
-    assign: u32,
+    functions: Vec<u32>,
+    types: Vec<u32>,
     fields: Vec<Option<u16>>,
 }
 
@@ -126,13 +130,23 @@ impl Fit {
             "steering needs Linux 6.9 or later, built with BTF (CONFIG_DEBUG_INFO_BTF); observe instead";
         let types =
             btf_rs::Btf::from_file(BTF).map_err(Error::new(format!("read the types of {BTF}"), remedy))?;
-        let named = types.resolve_ids_by_name(ASSIGN).unwrap_or_default();
-        let is_function = |id: &u32| matches!(types.resolve_type_by_id(*id), Ok(btf_rs::Type::Func(_)));
-        let Some(assign) = named.into_iter().find(is_function) else {
-            return Err(Error::new(format!("find the kernel function {ASSIGN}"), remedy)("there is none"));
+        let find = |what: &str, name: &str, fits: fn(&Type) -> bool| {
+            let named = types.resolve_ids_by_name(name).unwrap_or_default();
+            let found =
+                named.into_iter().find(|id| types.resolve_type_by_id(*id).is_ok_and(|found| fits(&found)));
+            found
+                .ok_or("there is none")
+                .map_err(Error::new(format!("find the kernel's {what} {name}"), remedy))
         };
-        let fields = FIELDS.iter().map(|field| offset(&types, field)).collect();
-        Ok(Self { assign, fields })
+        let is_function = |found: &Type| matches!(found, Type::Func(_));
+        let is_structure = |found: &Type| matches!(found, Type::Struct(_));
+        let functions = FUNCTIONS.iter().map(|(_, name)| find("function", name, is_function));
+        let structures = TYPES.iter().map(|(_, name)| find("structure", name, is_structure));
+        Ok(Self {
+            functions: functions.collect::<Result<_, _>>()?,
+            types: structures.collect::<Result<_, _>>()?,
+            fields: FIELDS.iter().map(|field| offset(&types, field)).collect(),
+        })
     }
 
     /// Puts it all in.
@@ -150,12 +164,17 @@ impl Fit {
             for instruction in elf[start..start + length].as_chunks_mut::<8>().0 {
                 let [code, registers, low, high, ..] = *instruction;
                 let offset = i16::from_le_bytes([low, high]);
+                let immediate = i32::from_le_bytes(*instruction.last_chunk().expect("eight bytes"));
+                let is_meant = |(magic, _): &(i32, &str)| *magic == immediate;
                 if code == CALL && registers >> 4 == PSEUDO_KFUNC_CALL {
-                    let immediate = i32::from_le_bytes(*instruction.last_chunk().expect("eight bytes"));
-                    if immediate != ASSIGN_MAGIC {
+                    let Some(index) = FUNCTIONS.iter().position(is_meant) else {
                         return Err(odd("it calls a kernel function that is not known"));
-                    }
-                    instruction[4..].copy_from_slice(&self.assign.to_le_bytes());
+                    };
+                    instruction[4..].copy_from_slice(&self.functions[index].to_le_bytes());
+                } else if code == MOVE
+                    && let Some(index) = TYPES.iter().position(is_meant)
+                {
+                    instruction[4..].copy_from_slice(&self.types[index].to_le_bytes());
                 } else if LOADS.contains(&code)
                     && let Some(index) = FIELDS.iter().position(|field| field.magic == offset)
                 {
@@ -177,7 +196,7 @@ impl Fit {
 fn offset(types: &btf_rs::Btf, field: &Field) -> Option<u16> {
     let found = types.resolve_types_by_name(field.of).ok()?;
     let of = found.into_iter().find_map(|found| match found {
-        btf_rs::Type::Struct(found) => Some(found),
+        Type::Struct(found) => Some(found),
         _ => None,
     })?;
     let bits = bit_offset(types, &of.members, field.name)?;
@@ -196,7 +215,7 @@ fn bit_offset(types: &btf_rs::Btf, members: &[btf_rs::Member], name: &str) -> Op
             return None;
         }
         match types.resolve_chained_type(member).ok()? {
-            btf_rs::Type::Struct(inner) | btf_rs::Type::Union(inner) => {
+            Type::Struct(inner) | Type::Union(inner) => {
                 Some(member.bit_offset() + bit_offset(types, &inner.members, name)?)
             }
             _ => None,

@@ -68,6 +68,7 @@ const COOKIE_BUDGET: u32 = 1000;
 /// The slot, listener and row of the self-test.
 const TEST_SLOT: u32 = MAX_SOCKETS - 1;
 const TEST_LISTENER: u32 = u32::MAX;
+const TEST_ROOM: u32 = 8;
 const TEST_ROW: u32 = MAX_PORTS - 1;
 
 /// A port of the proxy that is steered.
@@ -196,6 +197,7 @@ pub struct Steering {
     looking: Option<mpsc::Receiver<std::result::Result<Vec<String>, String>>>,
     replaced: bool,
     max_pending: u32,
+    cpus: u64,
     times: Times,
     counts: Counts,
     /// Counters of a while ago, for rates.
@@ -308,6 +310,7 @@ impl Steering {
             looking: None,
             replaced: false,
             max_pending: options.max_pending,
+            cpus: aya::util::nr_cpus().map_or(1, |cpus| cpus as u64),
             times: Times { key: now, look: now, firewall: now, sweep: now },
             judged: (now, counts.clone()),
             counts,
@@ -476,7 +479,8 @@ impl Steering {
     /// Lets go: nothing new is deferred, and no worker gets another connection. What was begun is finished by the
     /// programs, which stay where they are.
     pub fn release(&mut self) {
-        if self.replaced || !self.engaged {
+        let ours = self.maps.config().is_ok_and(|config| config.owner == self.owner);
+        if self.replaced || !self.engaged || !ours {
             return;
         }
         self.engaged = false;
@@ -601,12 +605,12 @@ impl Steering {
             window: u32::from(sysctls.syn_window()),
             window_scale: if sysctls.window_scaling { u32::from(sysctls.rcv_wscale()) } else { 0 },
             cookie_budget: COOKIE_BUDGET,
+            room: self.room(),
+            round: self.config.round.wrapping_add(1),
             owner: self.owner,
         };
-        if config != self.config || self.told.is_none() {
-            self.config = config;
-            self.maps.set_config(config)?;
-        }
+        self.config = config;
+        self.maps.set_config(config)?;
         self.serve()?;
         self.tell();
         Ok(())
@@ -898,6 +902,8 @@ impl Steering {
             window: u32::from(self.sysctls.syn_window()),
             window_scale: u32::from(self.sysctls.rcv_wscale()),
             flags: self.config.flags & !config_flags::PRESSURE,
+            room: TEST_ROOM,
+            round: self.config.round.wrapping_add(1),
             ..self.config
         };
         self.maps.set_config(config)?;
@@ -1001,6 +1007,13 @@ impl Steering {
         #[expect(clippy::cast_precision_loss, reason = "an estimate")]
         let fill = self.occupied() as f64 / f64::from(self.max_pending.max(1));
         fill
+    }
+
+    /// Entries that each CPU may make until the next tick: together they leave an eighth free, so that nobody is evicted.
+    fn room(&self) -> u32 {
+        let usable = u64::from(self.max_pending) / 8 * 7;
+        let free = usable.saturating_sub(self.occupied());
+        u32::try_from(free / self.cpus.max(1)).unwrap_or(u32::MAX)
     }
 
     fn occupied(&self) -> u64 {
