@@ -21,6 +21,9 @@ pub const DEFAULT_PENDING: u32 = 65_536;
 /// Entries of `HOSTS`.
 pub const MAX_HOSTS: u32 = 131_072;
 
+/// Entries of `ROUTES`.
+pub const MAX_ROUTES: u32 = 16_384;
+
 /// Entries of `MARKS`.
 pub const MAX_MARKS: u32 = 16_384;
 
@@ -119,6 +122,10 @@ pub mod config_flags {
     pub const PRESSURE: u32 = 32;
     /// The fields of TIME_WAIT sockets can be read.
     pub const TIME_WAIT: u32 = 64;
+    /// `ROUTES` says by which interface the kernel answers an IPv4 client.
+    pub const ROUTES_V4: u32 = 128;
+    /// The same for IPv6.
+    pub const ROUTES_V6: u32 = 256;
 }
 
 /// Nanoseconds after which a heartbeat is stale.
@@ -323,7 +330,7 @@ slots! {
         Pressure = "pressure",
         /// The entry could not be made.
         Insert = "insert",
-        /// The packet is a fragment, or has IP options.
+        /// The packet is a fragment, or has IP options or IPv6 extension headers.
         IpOptions = "ip_options",
         /// The SYN has data, TCP Fast Open, or flags that are not a plain SYN's.
         OddSyn = "odd_syn",

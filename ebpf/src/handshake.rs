@@ -35,9 +35,9 @@ fn leave(reason: u32) -> i32 {
     NEXT
 }
 
-/// A SYN that this program could not have deferred, whatever the port.
+/// A SYN in fragments to a served port.
 #[inline(always)]
-pub(crate) fn odd_syn() -> i32 {
+pub(crate) fn fragmented_syn() -> i32 {
     if maps::config().is_some_and(|config| config.state == state::DEFER) {
         maps::count_fail_open(fail_open::IpOptions);
     }
@@ -98,6 +98,9 @@ fn defer(skb: *mut __sk_buff, packet: &Packet, config: &Config, service: &Servic
     if config.percent < 100 && share(packet) >= config.percent {
         return leave(fail_open::Percent);
     }
+    if !packet.plain {
+        return leave(fail_open::IpOptions);
+    }
     let allowed = flags::SYN | flags::ECE | flags::CWR;
     if packet.flags & !allowed != 0 || packet.data != 0 {
         return leave(fail_open::OddSyn);
@@ -123,7 +126,7 @@ fn defer(skb: *mut __sk_buff, packet: &Packet, config: &Config, service: &Servic
         Meets::TimeWait(_) => return leave(fail_open::TimeWait),
         Meets::Established | Meets::Other => return leave(fail_open::Existing),
     };
-    if !leaves_by(skb, packet, interface, index) {
+    if !leaves_by(skb, packet, config, interface, index) {
         return leave(fail_open::Route);
     }
     answer_syn(skb, packet, config, service, interface, &Asked { options: asked, mss, reuse }, now)
@@ -259,7 +262,13 @@ fn share(packet: &Packet) -> u32 {
 
 /// Whether the route to the client leaves by the interface that its packet came in by.
 #[inline(always)]
-fn leaves_by(skb: *mut __sk_buff, packet: &Packet, interface: &Interface, index: u32) -> bool {
+fn leaves_by(
+    skb: *mut __sk_buff,
+    packet: &Packet,
+    config: &Config,
+    interface: &Interface,
+    index: u32,
+) -> bool {
     const AF_INET: u8 = 2;
     const AF_INET6: u8 = 10;
     const LOOPBACK: u32 = 1;
@@ -268,6 +277,10 @@ fn leaves_by(skb: *mut __sk_buff, packet: &Packet, interface: &Interface, index:
     let symmetric = if packet.v4 { interface.symmetric_v4 } else { interface.symmetric_v6 };
     if symmetric != 0 {
         return true;
+    }
+    let sure = if packet.v4 { config_flags::ROUTES_V4 } else { config_flags::ROUTES_V6 };
+    if config.flags & sure != 0 {
+        return maps::route(&packet.flow.client) == index;
     }
     let flow = &packet.flow;
     // SAFETY: a plain structure of integers and arrays of them.
@@ -325,6 +338,9 @@ fn replace(skb: *mut __sk_buff, packet: &Packet, from: [u8; 2], to: [u8; 2]) -> 
 /// Answers a TCP keepalive (RFC 9293 §3.8.4) of a client that has not sent data yet.
 #[inline(always)]
 pub(crate) fn keepalive(skb: *mut __sk_buff, packet: &Packet, pending: &Pending, window: u32) -> i32 {
+    if !packet.plain {
+        return SHOT;
+    }
     let Some(probe) = packet.options(skb) else { return SHOT };
     let reply = Reply {
         seq: pending.server_isn.wrapping_add(1),

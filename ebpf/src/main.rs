@@ -19,7 +19,7 @@ mod sweep;
 mod verdict;
 
 use aya_ebpf::{bindings::__sk_buff, macros::classifier, programs::TcContext};
-use packet::Frame;
+use packet::{Frame, Packet};
 use preflightd_common::{abi::event, tcp::flags};
 
 /// Hands the packet to the next program: `TCX_NEXT`, and under clsact `TC_ACT_UNSPEC`, the next filter.
@@ -59,17 +59,22 @@ fn empty(_: TcContext) -> i32 {
 
 #[inline(always)]
 fn ingress(skb: *mut __sk_buff, deferring: bool) -> i32 {
-    let packet = match packet::read(skb) {
-        Frame::Segment(packet) => packet,
-        Frame::Odd(port, true) if deferring && maps::is_served(port) => return handshake::odd_syn(),
-        Frame::Odd(..) | Frame::Other => return NEXT,
-    };
+    const HANDSHAKE: u8 = flags::SYN | flags::ACK | flags::RST | flags::FIN;
+    let mut packet = Packet::default();
+    let frame = packet::read(skb, &mut packet);
+    if frame == Frame::Other {
+        return NEXT;
+    }
     if !maps::is_served(packet.flow.server_port) {
         return NEXT;
     }
+    let is_syn = packet.flags & HANDSHAKE == flags::SYN;
+    if frame == Frame::Fragment {
+        return if is_syn && deferring { handshake::fragmented_syn() } else { NEXT };
+    }
     let timed = maps::count(event::Packet).is_multiple_of(SAMPLED);
     let start = if timed { maps::now() } else { 0 };
-    let verdict = if packet.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN {
+    let verdict = if is_syn {
         handshake::syn(skb, &packet, deferring)
     } else {
         verdict::segment(skb, &packet, deferring)

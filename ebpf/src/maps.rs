@@ -4,14 +4,17 @@ use aya_ebpf::{
     bindings::bpf_sock,
     helpers::{bpf_ktime_get_ns, bpf_loop, bpf_map_lookup_elem},
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, SockMap},
+    maps::{
+        Array, HashMap, LruHashMap, PerCpuArray, SockMap,
+        lpm_trie::{Key as Prefix, LpmTrie},
+    },
 };
 use core::ffi::c_void;
 use preflightd_common::{
     abi::{
         BUDGET_SHIFT, Config, DEFAULT_PENDING, Endpoint, Flow, HEARTBEAT_STALE, Host, Interface, MAX_HOSTS,
-        MAX_MARKS, MAX_PORTS, MAX_SERVED, MAX_SOCKETS, Pending, Service, event, fail_open, kind, state,
-        swept,
+        MAX_MARKS, MAX_PORTS, MAX_ROUTES, MAX_SERVED, MAX_SOCKETS, Pending, Service, event, fail_open, kind,
+        state, swept,
     },
     cookie::Key,
     preflight::{Buffer, HostHash, Scan},
@@ -38,6 +41,10 @@ static SERVED: HashMap<Endpoint, Service> = HashMap::with_max_entries(MAX_SERVED
 
 #[map]
 static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(1024, 0);
+
+/// The node's unicast routes: by which interface (0: not surely one) an address is reached.
+#[map]
+static ROUTES: LpmTrie<[u32; 4], u32> = LpmTrie::with_max_entries(MAX_ROUTES, 0);
 
 /// Connections between their SYN and their first data.
 #[map]
@@ -169,6 +176,12 @@ pub(crate) fn service(flow: &Flow) -> Option<&'static Service> {
 pub(crate) fn interface(index: u32) -> Option<&'static Interface> {
     // SAFETY: as in `service`.
     unsafe { INTERFACES.get(index) }
+}
+
+/// By which interface an address is reached; 0: not surely by one.
+#[inline(always)]
+pub(crate) fn route(address: &[u32; 4]) -> u32 {
+    ROUTES.get(Prefix::new(128, *address)).copied().unwrap_or(0)
 }
 
 /// Whether some policy of the listener has this host.

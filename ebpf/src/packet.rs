@@ -18,8 +18,11 @@ const IPV4: usize = 20;
 const IPV6: usize = 40;
 const TCP: usize = 20;
 const IPPROTO_TCP: u8 = 6;
+/// No `Option`, for the same reason as with [`Frame`].
+const TO_THE_END: u32 = u32::MAX;
 
-/// A TCP segment behind a plain IP header.
+/// A TCP segment.
+#[derive(Default)]
 pub(crate) struct Packet {
     pub(crate) flow: Flow,
     pub(crate) seq: u32,
@@ -28,6 +31,8 @@ pub(crate) struct Packet {
     /// Accurate ECN's bit, next to the flags (RFC 9768 §3.1).
     pub(crate) accurate_ecn: bool,
     pub(crate) v4: bool,
+    /// Its IP header has neither options nor extensions.
+    pub(crate) plain: bool,
     /// The ECN field of the IP header (RFC 3168 §5).
     pub(crate) ecn: u8,
     /// Offset of the TCP header in the frame.
@@ -38,25 +43,29 @@ pub(crate) struct Packet {
     pub(crate) data: u32,
 }
 
-/// What a frame is.
+/// What a frame is. Without values: the verifier refuses to copy what an absent one leaves unset.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Frame {
     /// Nothing of ours.
     Other,
-    /// TCP to this port (network order) behind IP options or in fragments; true: it is a SYN.
-    Odd(u16, bool),
-    Segment(Packet),
+    /// The first fragment of TCP: only ports and flags are known.
+    Fragment,
+    Segment,
 }
 
-/// Frames are seen behind the first VLAN tag, which the kernel keeps beside the packet (`skb_vlan_untag`). A second one
-/// makes a frame something else.
+/// The kernel keeps the first VLAN tag beside the packet (`skb_vlan_untag`). A frame of a VLAN is for the interface of
+/// that VLAN, where it comes again without a tag; VLAN 0 is only a priority (IEEE 802.1Q §9.6).
 #[inline(always)]
-pub(crate) fn read(skb: *mut __sk_buff) -> Frame {
+pub(crate) fn read(skb: *mut __sk_buff, packet: &mut Packet) -> Frame {
     // SAFETY: the context.
-    let ethertype = unsafe { (*skb).protocol } as u16;
+    let (ethertype, tagged, tag) = unsafe { ((*skb).protocol as u16, (*skb).vlan_present, (*skb).vlan_tci) };
+    if tagged != 0 && tag & 0xfff != 0 {
+        return Frame::Other;
+    }
     if ethertype == ETHERTYPE_IPV4.to_be() {
-        read_ipv4(skb)
+        read_ipv4(skb, packet)
     } else if ethertype == ETHERTYPE_IPV6.to_be() {
-        read_ipv6(skb)
+        read_ipv6(skb, packet)
     } else {
         Frame::Other
     }
@@ -82,7 +91,7 @@ fn front<const N: usize>(skb: *mut __sk_buff) -> *const u16 {
 
 /// RFC 791 §3.1.
 #[inline(always)]
-fn read_ipv4(skb: *mut __sk_buff) -> Frame {
+fn read_ipv4(skb: *mut __sk_buff, packet: &mut Packet) -> Frame {
     let frame = front::<{ ETHERNET + IPV4 + TCP }>(skb);
     if frame.is_null() {
         return Frame::Other;
@@ -94,35 +103,30 @@ fn read_ipv4(skb: *mut __sk_buff) -> Frame {
     if protocol != IPPROTO_TCP || version >> 4 != 4 {
         return Frame::Other;
     }
-    let fragment = u16::from_be(half(6));
-    if version != 0x45 || fragment & 0x3fff != 0 {
-        return odd_ipv4(skb, version, fragment);
-    }
     let mapped = 0xffff_u32.to_be();
-    let flow = Flow {
-        client: [0, 0, mapped, word(12)],
-        server: [0, 0, mapped, word(16)],
-        client_port: half(20),
-        server_port: half(22),
-    };
+    packet.flow.client = [0, 0, mapped, word(12)];
+    packet.flow.server = [0, 0, mapped, word(16)];
+    let ip = u32::from(version & 15) * 4;
     // Zero in packets that GRO merged beyond 64 KiB.
     let total = u32::from(u16::from_be(half(2)));
-    segment(skb, frame, flow, true, tos & 3, if total == 0 { None } else { Some(total - IPV4 as u32) })
-}
-
-#[inline(always)]
-fn odd_ipv4(skb: *mut __sk_buff, version: u8, fragment: u16) -> Frame {
-    let header = u32::from(version & 15) * 4;
-    let mut tcp = [0_u8; 14];
-    if fragment & 0x1fff != 0 || header < IPV4 as u32 || !load(skb, ETHERNET as u32 + header, &mut tcp) {
+    let length = if total == 0 { TO_THE_END } else { total.wrapping_sub(ip) };
+    packet.v4 = true;
+    packet.ecn = tos & 3;
+    packet.tcp = ETHERNET as u32 + ip;
+    let fragment = u16::from_be(half(6)) & 0x3fff;
+    if version == 0x45 && fragment == 0 {
+        // SAFETY: what was compared goes on with the TCP header.
+        return segment(skb, unsafe { frame.add((ETHERNET + IPV4) / 2) }, packet, length, true);
+    }
+    if fragment & 0x1fff != 0 || ip < IPV4 as u32 {
         return Frame::Other;
     }
-    Frame::Odd(u16::from_ne_bytes([tcp[2], tcp[3]]), tcp[13] & 0x17 == 0x02)
+    odd_segment(skb, packet, length, fragment != 0)
 }
 
-/// RFC 8200 §3. Extension headers are not walked.
+/// RFC 8200 §3.
 #[inline(always)]
-fn read_ipv6(skb: *mut __sk_buff) -> Frame {
+fn read_ipv6(skb: *mut __sk_buff, packet: &mut Packet) -> Frame {
     let frame = front::<{ ETHERNET + IPV6 + TCP }>(skb);
     if frame.is_null() {
         return Frame::Other;
@@ -131,51 +135,86 @@ fn read_ipv6(skb: *mut __sk_buff) -> Frame {
     let word = |at: usize| word(frame, ETHERNET + at);
     let [next, _] = half(6).to_ne_bytes();
     let [version, class] = half(0).to_ne_bytes();
-    if next != IPPROTO_TCP || version >> 4 != 6 {
+    if version >> 4 != 6 {
         return Frame::Other;
     }
-    let flow = Flow {
-        client: [word(8), word(12), word(16), word(20)],
-        server: [word(24), word(28), word(32), word(36)],
-        client_port: half(40),
-        server_port: half(42),
-    };
+    packet.flow.client = [word(8), word(12), word(16), word(20)];
+    packet.flow.server = [word(24), word(28), word(32), word(36)];
     let payload = u32::from(u16::from_be(half(4)));
     // Zero in jumbograms, as above.
-    segment(skb, frame, flow, false, class >> 4 & 3, if payload == 0 { None } else { Some(payload) })
+    let length = if payload == 0 { TO_THE_END } else { payload };
+    packet.v4 = false;
+    packet.ecn = class >> 4 & 3;
+    packet.tcp = (ETHERNET + IPV6) as u32;
+    if next == IPPROTO_TCP {
+        // SAFETY: as above.
+        return segment(skb, unsafe { frame.add((ETHERNET + IPV6) / 2) }, packet, length, true);
+    }
+    behind_extension(skb, packet, length, next)
 }
 
-/// The TCP header (RFC 9293 §3.1); `length`: bytes from there on, `None`: to the end of the frame.
+/// One extension header: options, for each hop or the destination, or routing (RFC 8200 §4.3, §4.4, §4.6); and the first
+/// fragment (§4.5).
 #[inline(always)]
-fn segment(
-    skb: *mut __sk_buff,
-    frame: *const u16,
-    flow: Flow,
-    v4: bool,
-    ecn: u8,
-    length: Option<u32>,
-) -> Frame {
-    let at = ETHERNET + if v4 { IPV4 } else { IPV6 };
-    let [offset, flags] = half(frame, at + 12).to_ne_bytes();
+fn behind_extension(skb: *mut __sk_buff, packet: &mut Packet, length: u32, next: u8) -> Frame {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const FRAGMENT: u8 = 44;
+    const DESTINATION: u8 = 60;
+    if !matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
+        return Frame::Other;
+    }
+    let mut extension = [0_u8; 4];
+    if !load(skb, packet.tcp, &mut extension) || extension[0] != IPPROTO_TCP {
+        return Frame::Other;
+    }
+    let fragment = next == FRAGMENT;
+    if fragment && u16::from_be_bytes([extension[2], extension[3]]) >> 3 != 0 {
+        return Frame::Other;
+    }
+    let skipped = if fragment { 8 } else { (u32::from(extension[1]) + 1) * 8 };
+    let length = if length == TO_THE_END { TO_THE_END } else { length.wrapping_sub(skipped) };
+    packet.tcp += skipped;
+    odd_segment(skb, packet, length, fragment)
+}
+
+/// The segment behind something else than a plain IP header.
+#[inline(always)]
+fn odd_segment(skb: *mut __sk_buff, packet: &mut Packet, length: u32, fragment: bool) -> Frame {
+    let mut header = [0_u16; TCP / 2];
+    if !load(skb, packet.tcp, &mut header) {
+        return Frame::Other;
+    }
+    if fragment {
+        packet.flow.server_port = header[1];
+        let [_, flags] = header[6].to_ne_bytes();
+        packet.flags = flags;
+        return Frame::Fragment;
+    }
+    segment(skb, header.as_ptr(), packet, length, false)
+}
+
+/// The TCP header (RFC 9293 §3.1) at `tcp`. `length`: bytes from there on, or [`TO_THE_END`] of the frame.
+#[inline(always)]
+fn segment(skb: *mut __sk_buff, tcp: *const u16, packet: &mut Packet, length: u32, plain: bool) -> Frame {
+    let [offset, flags] = half(tcp, 12).to_ne_bytes();
     // SAFETY: the context.
-    let there = unsafe { (*skb).len }.wrapping_sub(at as u32);
-    let length = length.unwrap_or(there);
+    let there = unsafe { (*skb).len }.wrapping_sub(packet.tcp);
+    let length = if length == TO_THE_END { there } else { length };
     let header = u32::from(offset >> 4) * 4;
     if header < TCP as u32 || length < header || length > there {
         return Frame::Other;
     }
-    Frame::Segment(Packet {
-        flow,
-        seq: u32::from_be(word(frame, at + 4)),
-        ack: u32::from_be(word(frame, at + 8)),
-        flags,
-        accurate_ecn: offset & 1 != 0,
-        v4,
-        ecn,
-        tcp: at as u32,
-        header,
-        data: length - header,
-    })
+    packet.flow.client_port = half(tcp, 0);
+    packet.flow.server_port = half(tcp, 2);
+    packet.seq = u32::from_be(word(tcp, 4));
+    packet.ack = u32::from_be(word(tcp, 8));
+    packet.flags = flags;
+    packet.accurate_ecn = offset & 1 != 0;
+    packet.plain = plain;
+    packet.header = header;
+    packet.data = length - header;
+    Frame::Segment
 }
 
 /// Two bytes at an even offset that was compared with the frame's end, in memory order.

@@ -338,6 +338,14 @@ impl Lab {
         self.toml_with(admin, &self.options.policies)
     }
 
+    /// The node's addresses of a family, as TOML has a list of them.
+    fn own_addresses(&self, v6: bool) -> String {
+        let sites = (0..self.options.clients).flat_map(|client| self.sites_of(client));
+        let own: Vec<_> =
+            sites.filter(|site| site.is_ipv6() == v6).map(|site| site.ip().to_string()).collect();
+        format!("{own:?}")
+    }
+
     /// The same with other policies.
     pub fn toml_with(&self, admin: SocketAddr, policies: &str) -> String {
         let netns = match self.outside {
@@ -347,10 +355,13 @@ impl Lab {
         format!(
             "{toml}\n\
              [steer]\npin_dir = \"{pin_dir}\"\n{netns}{steer}\n\n\
-             [[listener]]\nname = \"web4\"\naddress = \"0.0.0.0:80\"\nsteer = true\n\n\
-             [[listener]]\nname = \"web6\"\naddress = \"[::]:80\"\nsteer = true\n\n\
+             [[listener]]\nname = \"web4\"\naddress = \"0.0.0.0:80\"\naddresses = {v4}\nsteer = true\n\n\
+             [[listener]]\nname = \"web6\"\naddress = \"[::]:80\"\naddresses = {v6}\nsteer = true\n\n\
              [workers]\ncount = 2\npin = false\n\n\
              [admin]\naddress = \"{admin}\"\n\n{policies}\n",
+            // The browser's pages are called by these.
+            v4 = self.own_addresses(false),
+            v6 = self.own_addresses(true),
             toml = self.options.toml,
             pin_dir = self.pin_dir.display(),
             steer = self.options.steer,

@@ -58,7 +58,9 @@ fn any_offer_is_served() {
             assert_eq!(options.mss, Some(if site.is_ipv4() { 1460 } else { 1440 }), "{case}: MSS");
             connection.send(allowed_preflight("/x"));
             let answer = connection.expect_response();
-            if offer.mss.is_some_and(|mss| mss >= 536) && !offer.fast_open {
+            // The kernel makes no connection of less than this from a cookie.
+            let least = if site.is_ipv4() { 536 } else { 1220 };
+            if offer.mss.is_some_and(|mss| mss >= least) && !offer.fast_open {
                 lab.expect_worker(&answer, &case);
             } else {
                 expect_either(lab, &answer, &case);
@@ -415,6 +417,11 @@ fn the_shape_changes_after_the_handshake() {
                 connection.handshake();
                 connection.shape = then;
                 connection.send(request);
+                if then == Shape::Fragments && first != Shape::Fragments && lab.is_steered() {
+                    // Fragments cannot be given to a socket: the client learns it at once, and nobody answers wrongly.
+                    connection.expect_rst();
+                    continue;
+                }
                 let response = connection.expect_response();
                 if request.starts_with(b"GET") {
                     check(&response, &case);

@@ -12,7 +12,9 @@ use std::{
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, SockMap},
+    maps::{
+        Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, SockMap, lpm_trie::Key,
+    },
 };
 use preflightd_common::{
     abi::{Config, Endpoint, Host, Interface, MAX_PORTS, Service, event, fail_open, kind, swept},
@@ -35,6 +37,7 @@ pub(super) struct Maps {
     keys: Array<MapData, [u64; 2]>,
     served: HashMap<MapData, Endpoint, Service>,
     interfaces: HashMap<MapData, u32, Interface>,
+    routes: LpmTrie<MapData, [u32; 4], u32>,
     sockets: SockMap<MapData>,
     hosts: HashMap<MapData, Host, u32>,
     marks: Marks,
@@ -55,6 +58,7 @@ impl Maps {
                 keys: of("KEYS").try_into()?,
                 served: of("SERVED").try_into()?,
                 interfaces: of("INTERFACES").try_into()?,
+                routes: of("ROUTES").try_into()?,
                 sockets: of("SOCKETS").try_into()?,
                 hosts: of("HOSTS").try_into()?,
                 marks: Marks::new(of("MARKS"))?,
@@ -127,6 +131,25 @@ impl Maps {
 
     pub(super) fn set_interfaces(&mut self, interfaces: &StdMap<u32, Interface>) -> Result<()> {
         replace(&mut self.interfaces, interfaces).map_err(failed("write INTERFACES"))
+    }
+
+    /// Address, length of the prefix in bits (of 128), interface.
+    pub(super) fn set_routes(&mut self, routes: &[([u32; 4], u32, u32)]) -> Result<()> {
+        let mut set = || {
+            let mut wanted = HashSet::with_capacity(routes.len());
+            for (address, length, index) in routes {
+                wanted.insert((*length, *address));
+                self.routes.insert(&Key::new(*length, *address), index, 0)?;
+            }
+            let present: Vec<_> = self.routes.keys().collect::<std::result::Result<_, _>>()?;
+            for key in present {
+                if !wanted.contains(&(key.prefix_len(), key.data())) {
+                    self.routes.remove(&key)?;
+                }
+            }
+            Ok(())
+        };
+        set().map_err(failed("write ROUTES"))
     }
 
     pub(super) fn set_hosts(&mut self, hosts: &HashSet<Host>) -> Result<()> {

@@ -93,6 +93,7 @@ pub(super) const PINNED: &[&str] = &[
     "KEYS",
     "SERVED",
     "INTERFACES",
+    "ROUTES",
     "PENDING",
     "SOCKETS",
     "HOSTS",
