@@ -194,6 +194,8 @@ pub struct Steering {
     tested: std::result::Result<(), String>,
     sockets: Vec<(u32, OwnedFd)>,
     obstacles: Vec<String>,
+    /// `None`: the kernel has no nf_tables.
+    changes: Option<firewall::Changes>,
     looking: Option<mpsc::Receiver<std::result::Result<Vec<String>, String>>>,
     replaced: bool,
     max_pending: u32,
@@ -307,6 +309,7 @@ impl Steering {
             tested: Ok(()),
             sockets: Vec::new(),
             obstacles: Vec::new(),
+            changes: None,
             looking: None,
             replaced: false,
             max_pending: options.max_pending,
@@ -387,6 +390,7 @@ impl Steering {
         for (slot, socket) in std::mem::take(&mut self.sockets) {
             self.maps.set_socket(slot, &socket)?;
         }
+        self.changes = self.netns.enter(firewall::Changes::open)?.ok();
         self.look_at_firewall(true)?;
         self.maps.beat(true)?;
         self.look(true)?;
@@ -804,7 +808,8 @@ impl Steering {
         if self.options.mode != SteerMode::Steer || self.options.firewall == Firewall::Ignore {
             return Ok(());
         }
-        if now || (self.looking.is_none() && self.times.firewall.elapsed() >= FIREWALL) {
+        let changed = self.looking.is_none() && self.changes.as_ref().is_some_and(firewall::Changes::seen);
+        if now || changed || (self.looking.is_none() && self.times.firewall.elapsed() >= FIREWALL) {
             self.times.firewall = Instant::now();
             let (tell, told) = mpsc::channel();
             let (netns, ports) = (self.netns.clone(), self.rows.keys().copied().collect::<Vec<_>>());

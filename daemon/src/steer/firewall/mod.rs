@@ -23,11 +23,14 @@ use super::{
     interfaces::{self, Interface},
 };
 
+mod changes;
 mod iptables;
 mod nft;
 
 /// How deep chains are followed; the kernel allows 16 jumps.
 const MAX_DEPTH: usize = 20;
+
+pub use changes::Changes;
 
 /// A rule (or a chain's policy) that could keep packets from a served port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
