@@ -215,7 +215,7 @@ pub mod expiry {
     pub const SILENT: u32 = ticks(10);
 
     const fn ticks(seconds: u64) -> u32 {
-        (seconds * 1_000_000_000 >> super::TICK_SHIFT) as u32
+        ((seconds * 1_000_000_000) >> super::TICK_SHIFT) as u32
     }
 }
 

@@ -251,7 +251,7 @@ pub fn ipv6_header(flow: &Flow, payload: u16) -> [u32; 10] {
 /// Whether `a` comes behind `b` (RFC 9293 §3.4: numbers go round).
 #[inline(always)]
 pub fn after(a: u32, b: u32) -> bool {
-    (a.wrapping_sub(b) as i32) > 0
+    a.wrapping_sub(b).cast_signed() > 0
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use crate::{
 const LEAST_MSS: [u16; 2] = [1220, 536];
 /// `PACKET_HOST`: the frame is addressed to this machine.
 const PACKET_HOST: u32 = 0;
-const SHOT: i32 = TC_ACT_SHOT as i32;
+const SHOT: i32 = TC_ACT_SHOT;
 
 /// Leaves a new connection to the kernel.
 #[inline(always)]
@@ -299,9 +299,9 @@ fn leaves_by(
         query.__bindgen_anon_3.ipv6_src = flow.server;
         query.__bindgen_anon_4.ipv6_dst = flow.client;
     }
-    let size = size_of::<bpf_fib_lookup>() as i32;
+    let size = const { size_of::<bpf_fib_lookup>() as u8 };
     // SAFETY: the structure, and its size.
-    let found = unsafe { fib_lookup(skb.cast(), &raw mut query, size, SKIP_NEIGHBOUR) };
+    let found = unsafe { fib_lookup(skb.cast(), &raw mut query, i32::from(size), SKIP_NEIGHBOUR) };
     found == SUCCESS && query.ifindex == index
 }
 
@@ -427,7 +427,7 @@ fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> Sent {
         }
         written |= bpf_skb_store_bytes(skb, packet.tcp, (&raw const scratch.new).cast(), bounded, 0);
         let at = packet.tcp + 16;
-        written |= bpf_l4_csum_replace(skb, at, 0, difference as u64, 0);
+        written |= bpf_l4_csum_replace(skb, at, 0, difference.cast_unsigned(), 0);
         if old_length != new_length {
             let old = u64::from((old_length as u16).to_be());
             let new = u64::from((new_length as u16).to_be());

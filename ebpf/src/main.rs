@@ -44,7 +44,6 @@ fn observe(ctx: TcContext) -> i32 {
 
 /// Attached nowhere: sweeps `PENDING` when the daemon runs it.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes it so")]
 fn sweep_pending(_: TcContext) -> i32 {
     sweep::sweep();
     0
@@ -52,7 +51,6 @@ fn sweep_pending(_: TcContext) -> i32 {
 
 /// Does nothing: what any program costs, for benchmarks.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro passes it so")]
 fn empty(_: TcContext) -> i32 {
     NEXT
 }

@@ -116,7 +116,7 @@ fn read_ipv4(skb: *mut __sk_buff, packet: &mut Packet) -> Frame {
     let fragment = u16::from_be(half(6)) & 0x3fff;
     if version == 0x45 && fragment == 0 {
         // SAFETY: what was compared goes on with the TCP header.
-        return segment(skb, unsafe { frame.add((ETHERNET + IPV4) / 2) }, packet, length, true);
+        return segment(skb, unsafe { frame.byte_add(ETHERNET + IPV4) }, packet, length, true);
     }
     if fragment & 0x1fff != 0 || ip < IPV4 as u32 {
         return Frame::Other;
@@ -148,7 +148,7 @@ fn read_ipv6(skb: *mut __sk_buff, packet: &mut Packet) -> Frame {
     packet.tcp = (ETHERNET + IPV6) as u32;
     if next == IPPROTO_TCP {
         // SAFETY: as above.
-        return segment(skb, unsafe { frame.add((ETHERNET + IPV6) / 2) }, packet, length, true);
+        return segment(skb, unsafe { frame.byte_add(ETHERNET + IPV6) }, packet, length, true);
     }
     behind_extension(skb, packet, length, next)
 }

@@ -22,7 +22,7 @@ const LISTEN: u32 = 10;
 /// The socket that the kernel would give the segment to; null: none. It must be released.
 #[inline(always)]
 fn lookup(skb: *mut __sk_buff, packet: &Packet) -> *mut bpf_sock {
-    let netns = BPF_F_CURRENT_NETNS as i64 as u64;
+    let netns = i64::from(BPF_F_CURRENT_NETNS).cast_unsigned();
     let flow = &packet.flow;
     // SAFETY: a tuple of the length that is told; both layouts are `struct bpf_sock_tuple`'s.
     unsafe {

@@ -15,7 +15,7 @@ use crate::{
     sockets::{self, Given, Meets},
 };
 
-const SHOT: i32 = TC_ACT_SHOT as i32;
+const SHOT: i32 = TC_ACT_SHOT;
 /// The kernel has looked at a segment so many ticks after this program has at the latest.
 const SETTLED: u32 = 2;
 const ENOMEM: i32 = -12;
@@ -143,13 +143,10 @@ fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &C
 /// A listener was chosen: has the kernel made the connection?
 #[inline(always)]
 fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
-    match sockets::meets(skb, packet, None) {
-        Meets::Listener(_) => {}
+    if !matches!(sockets::meets(skb, packet, None), Meets::Listener(_)) {
         // It has, or there is nothing left of it.
-        _ => {
-            handshake::forget(packet);
-            return NEXT;
-        }
+        handshake::forget(packet);
+        return NEXT;
     }
     let offset = offset(packet, pending);
     let right = packet.flags & (flags::ACK | flags::SYN | flags::RST) == flags::ACK

@@ -40,7 +40,7 @@ const WITHOUT: &str = "this preflightd was built without eBPF: build it with the
 
 #[cfg(feature = "ebpf")]
 mod imp {
-    use super::*;
+    use super::{Config, ListenerId, OwnedFd, PolicySpec, Status, Steer, TurnBack, io};
     use crate::steer::{Error, Service, Steering, interfaces::Watch};
     use std::sync::Arc;
     use tracing::error;
@@ -141,7 +141,7 @@ mod imp {
 
 #[cfg(not(feature = "ebpf"))]
 mod imp {
-    use super::*;
+    use super::{Config, ListenerId, OwnedFd, PolicySpec, Status, Steer, TurnBack, WITHOUT, io};
 
     /// Steering is not there.
     pub(in crate::cli) struct Steered;

@@ -68,17 +68,14 @@ pub(super) fn load(pins: Option<&Path>, pending: u32) -> Result<Fitted, Error> {
     let mut elf = OBJECT.to_vec();
     let fit = Fit::of_this_kernel();
     let time_wait = fit.as_ref().is_ok_and(|fit| fit.fields[3..].iter().all(Option::is_some));
-    let cannot_steer = match fit.and_then(|fit| fit.apply(&mut elf)) {
-        Ok(()) => None,
-        Err(error) => Some(error),
-    };
+    let cannot_steer = fit.and_then(|fit| fit.apply(&mut elf)).err();
     let mut loader = EbpfLoader::new();
     // aya asks for it only to relocate types, which the object does not need; and not every kernel has it.
     let btf = Btf::from_sys_fs().ok();
     loader.btf(btf.as_ref()).map_max_entries("PENDING", pending);
     if let Some(pins) = pins {
         for name in PINNED {
-            loader.map_pin_path(*name, Cow::Owned(pins.join(name)));
+            loader.map_pin_path(name, Cow::Owned(pins.join(name)));
         }
     }
     let ebpf = loader.load(&elf).map_err(Error::new("load the eBPF maps", super::PRIVILEGES))?;
@@ -179,12 +176,11 @@ impl Fit {
                 } else if LOADS.contains(&code)
                     && let Some(index) = FIELDS.iter().position(|field| field.magic == offset)
                 {
-                    match self.fields[index] {
-                        Some(offset) => instruction[2..4].copy_from_slice(&offset.to_le_bytes()),
-                        None => {
-                            *instruction = [MOVE, registers & 0x0f, 0, 0, 0, 0, 0, 0];
-                            instruction[4..].copy_from_slice(&FIELDS[index].otherwise.to_le_bytes());
-                        }
+                    if let Some(offset) = self.fields[index] {
+                        instruction[2..4].copy_from_slice(&offset.to_le_bytes());
+                    } else {
+                        *instruction = [MOVE, registers & 0x0f, 0, 0, 0, 0, 0, 0];
+                        instruction[4..].copy_from_slice(&FIELDS[index].otherwise.to_le_bytes());
                     }
                 }
             }

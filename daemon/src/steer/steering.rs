@@ -777,23 +777,19 @@ impl Steering {
             let id = program.attach_to_link(link).ok()?;
             program.take_link(id).ok()
         });
-        let (link, is_new) = match adopted {
-            Some(link) => (link, false),
-            None => {
-                let order = match self.options.position {
-                    Position::First => LinkOrder::first(),
-                    Position::Last => LinkOrder::last(),
-                };
-                let attach = || {
-                    program.attach_with_options(
-                        &name,
-                        TcAttachType::Ingress,
-                        TcAttachOptions::TcxOrder(order),
-                    )
-                };
-                let id = self.netns.enter(attach)?.map_err(Error::new(what.clone(), remedy))?;
-                (program.take_link(id).map_err(Error::new(what.clone(), remedy))?, true)
-            }
+        let is_new = adopted.is_none();
+        let link = if let Some(link) = adopted {
+            link
+        } else {
+            let order = match self.options.position {
+                Position::First => LinkOrder::first(),
+                Position::Last => LinkOrder::last(),
+            };
+            let attach = || {
+                program.attach_with_options(&name, TcAttachType::Ingress, TcAttachOptions::TcxOrder(order))
+            };
+            let id = self.netns.enter(attach)?.map_err(Error::new(what.clone(), remedy))?;
+            program.take_link(id).map_err(Error::new(what.clone(), remedy))?
         };
         let link = FdLink::try_from(link).map_err(Error::new(what.clone(), remedy))?;
         let id = link.info().map_err(Error::new(what, remedy))?.id();

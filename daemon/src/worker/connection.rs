@@ -342,10 +342,10 @@ impl Connection {
     /// The request at `begin` is not ours.
     fn pass(&mut self, reason: PassReason, route: RouteId, cx: &Context<'_>) {
         cx.stats.passed(route, reason);
-        if self.serves != Serves::Alone {
-            self.end = End::HandOver(reason);
-        } else {
+        if self.serves == Serves::Alone {
             self.refuse(refusal(reason), cx);
+        } else {
+            self.end = End::HandOver(reason);
         }
     }
 
