@@ -5,11 +5,12 @@
 #![forbid(unsafe_code)]
 
 use std::{
-    collections::BTreeSet,
+    cmp::Ordering,
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt,
     future::poll_fn,
     io,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
@@ -22,8 +23,8 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage},
         link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage},
-        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
-        rule::{RuleAction, RuleMessage},
+        route::{RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
     },
     sys::{AsyncSocket as _, Socket, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
 };
@@ -36,6 +37,14 @@ use super::{Error, netns::Netns};
 
 /// The table of the node's own addresses, `RT_TABLE_LOCAL`.
 const TABLE_LOCAL: u32 = 255;
+/// The table of ordinary routes, `RT_TABLE_MAIN`.
+const TABLE_MAIN: u32 = 254;
+/// The table that is asked last, `RT_TABLE_DEFAULT`; it is usually empty.
+const TABLE_DEFAULT: u32 = 253;
+/// The loopback interface's number, in every namespace.
+const LOOPBACK: u32 = 1;
+/// So many routes of a family are kept; a node with more of them is a router.
+const MOST_ROUTES: usize = 4096;
 /// How often a dump that changed on the way is begun anew.
 const ATTEMPTS: usize = 5;
 /// How long the namespace must be quiet before a change is told.
@@ -92,13 +101,59 @@ impl Interface {
     }
 }
 
+/// By which interface the kernel answers whom: its unicast routes, for longest-prefix matching.
+///
+/// The longest prefix that holds a client's address tells what the kernel would do with a packet to it from any of the
+/// node's own addresses, if neither marks, a type of service nor a socket bound to an interface decide. A client that no
+/// prefix holds is not surely answered at all. Not in here are the node's own addresses, broadcasts, and link-local
+/// IPv6, where the same prefix is on every link.
+///
+/// The neighbours are not looked at: where IPv6 is not forwarded, the kernel prefers any other route, even a shorter
+/// one, to that by a router which does not answer on its link.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Routes {
+    /// One for each prefix; those of a family that is not sure are left out.
+    pub routes: Vec<Route>,
+    /// The IPv4 routes are all there, and nothing else decides: no policy rule chooses among tables.
+    pub sure_v4: bool,
+    /// The same for IPv6, where also no route is for some sources only.
+    pub sure_v6: bool,
+}
+
+/// Where packets to a prefix go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The prefix's first address.
+    pub address: IpAddr,
+    /// How many of its bits count.
+    pub length: u8,
+    /// The number of the interface that they leave by; 0 if that is not surely one, or none.
+    pub index: u32,
+}
+
 /// The interfaces in `netns`, by number. Blocks for as long as the kernel needs to list its routes.
 ///
 /// # Errors
 /// If the namespace cannot be entered, or the kernel refuses to tell.
 pub fn list(netns: &Netns) -> Result<Vec<Interface>, Error> {
+    Ok(look(netns)?.0)
+}
+
+/// The routes in `netns`. Blocks like [`list`].
+///
+/// # Errors
+/// If the namespace cannot be entered, or the kernel refuses to tell.
+pub fn routes(netns: &Netns) -> Result<Routes, Error> {
+    Ok(look(netns)?.1)
+}
+
+/// [`list`] and [`routes`], for which the kernel is asked once.
+///
+/// # Errors
+/// If the namespace cannot be entered, or the kernel refuses to tell.
+pub fn look(netns: &Netns) -> Result<(Vec<Interface>, Routes), Error> {
     netns.enter(|| {
-        read().map_err(Error::new(
+        look_here().map_err(Error::new(
             "list interfaces and routes",
             "allow netlink sockets (AF_NETLINK in seccomp or RestrictAddressFamilies)",
         ))
@@ -206,6 +261,11 @@ impl Exits {
 
 /// [`list`] for the calling thread's namespace.
 pub(super) fn read() -> io::Result<Vec<Interface>> {
+    Ok(look_here()?.0)
+}
+
+/// [`look`] for the calling thread's namespace.
+fn look_here() -> io::Result<(Vec<Interface>, Routes)> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
@@ -244,14 +304,18 @@ pub(super) fn read() -> io::Result<Vec<Interface>> {
     }
 
     let loopbacks: BTreeSet<_> = interfaces.iter().filter(|i| i.loopback).map(|i| i.index).collect();
-    let v4 = exits(&socket, AddressFamily::Inet, &loopbacks)?;
-    let v6 = exits(&socket, AddressFamily::Inet6, &loopbacks)?;
+    let first = interfaces.iter().find(|interface| interface.index == LOOPBACK);
+    let lo = first.map_or("lo", |interface| &interface.name);
+    let (v4, routes_v4) = family(&socket, AddressFamily::Inet, &loopbacks, lo)?;
+    let (v6, routes_v6) = family(&socket, AddressFamily::Inet6, &loopbacks, lo)?;
+    let (sure_v4, sure_v6) = (routes_v4.is_some(), routes_v6.is_some());
+    let routes = [routes_v4, routes_v6].into_iter().flatten().flatten().collect();
     for interface in &mut interfaces {
         // What comes in by loopback was sent by the node itself.
         interface.symmetric_v4 = interface.loopback || v4.only_by(interface.index);
         interface.symmetric_v6 = interface.loopback || v6.only_by(interface.index);
     }
-    Ok(interfaces)
+    Ok((interfaces, Routes { routes, sure_v4, sure_v6 }))
 }
 
 fn interface(link: LinkMessage) -> Interface {
@@ -294,39 +358,267 @@ fn own_address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
     Some((message.header.index, address))
 }
 
-fn exits(socket: &Socket, family: AddressFamily, loopbacks: &BTreeSet<u32>) -> io::Result<Exits> {
+/// Where the packets of a family may go, and its routes if these are sure.
+fn family(
+    socket: &Socket,
+    family: AddressFamily,
+    loopbacks: &BTreeSet<u32>,
+    lo: &str,
+) -> io::Result<(Exits, Option<Vec<Route>>)> {
     let mut request = RouteMessage::default();
     request.header.address_family = family;
-    let routes = dump(socket, &RouteNetlinkMessage::GetRoute(request), |exits: &mut Exits, message| {
-        // A kernel without IPv6 lists all families instead.
-        if let RouteNetlinkMessage::NewRoute(route) = message
-            && route.header.address_family == family
-        {
-            follow(exits, &route, loopbacks);
-        }
-    })?;
+    let routes = dump(
+        socket,
+        &RouteNetlinkMessage::GetRoute(request),
+        |(exits, tables): &mut (Exits, Tables), message| {
+            // A kernel without IPv6 lists all families instead.
+            if let RouteNetlinkMessage::NewRoute(route) = message
+                && route.header.address_family == family
+            {
+                follow(exits, &route, loopbacks);
+                tables.add(&route);
+            }
+        },
+    )?;
     let mut request = RuleMessage::default();
     request.header.family = family;
-    let rules = dump(socket, &RouteNetlinkMessage::GetRule(request), |to_nowhere: &mut bool, message| {
-        // Any other rule only chooses among tables, all of which were read.
-        if let RouteNetlinkMessage::NewRule(rule) = message
-            && rule.header.family == family
-        {
-            use RuleAction::{Goto, Nop, ToTable};
-            *to_nowhere |= !matches!(rule.header.action, ToTable | Goto | Nop);
-        }
-    });
-    let rules = match rules {
-        // A kernel without policy rules, or without the family.
+    let rules = dump(
+        socket,
+        &RouteNetlinkMessage::GetRule(request),
+        |(to_nowhere, rules): &mut (bool, Vec<_>), message| {
+            // For the exits, any other rule only chooses among tables, all of which were read.
+            if let RouteNetlinkMessage::NewRule(rule) = message
+                && rule.header.family == family
+            {
+                use RuleAction::{Goto, Nop, ToTable};
+                *to_nowhere |= !matches!(rule.header.action, ToTable | Goto | Nop);
+                rules.push(rule);
+            }
+        },
+    );
+    let (to_nowhere, order, rules_sure) = match rules {
+        // A kernel without policy rules, or without the family: it asks `main` after `local`, and no other.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EAFNOSUPPORT)) => {
-            Dump::default()
+            (false, Some(vec![TABLE_LOCAL, TABLE_MAIN]), true)
         }
-        rules => rules?,
+        rules => {
+            let Dump { found: (to_nowhere, rules), unreadable, whole } = rules?;
+            (to_nowhere, order(&rules, &routes.found.1, lo), whole && unreadable == 0)
+        }
     };
-    let mut exits = routes.found;
-    exits.unsure |= !routes.whole || routes.unreadable > 0;
-    exits.unsure |= rules.found || !rules.whole || rules.unreadable > 0;
-    Ok(exits)
+    let sure = routes.whole && routes.unreadable == 0 && rules_sure;
+    let (mut exits, tables) = routes.found;
+    exits.unsure |= to_nowhere || !sure;
+    let matching = match order.as_deref() {
+        _ if !sure => None,
+        Some([TABLE_LOCAL, TABLE_MAIN]) => tables.matching(false),
+        Some([TABLE_LOCAL, TABLE_MAIN, TABLE_DEFAULT]) => tables.matching(true),
+        _ => None,
+    };
+    Ok((exits, matching))
+}
+
+/// The routing tables of a family, as far as they matter for [`Routes`].
+#[derive(Debug, Default)]
+struct Tables {
+    main: BTreeMap<(IpAddr, u8), Best>,
+    /// Asked where nothing in `main` matches.
+    default: BTreeMap<(IpAddr, u8), Best>,
+    /// Each table with a route, and whether one of them leads elsewhere than to the node itself.
+    any: BTreeMap<u32, bool>,
+    /// A longest prefix of `main` and `default` alone does not tell.
+    unsure: bool,
+}
+
+/// The best route to a prefix in a table.
+#[derive(Debug)]
+struct Best {
+    priority: u32,
+    index: u32,
+    /// Another one is for some types of service only.
+    split: bool,
+}
+
+impl Tables {
+    fn add(&mut self, route: &RouteMessage) {
+        use RouteType::{Anycast, Broadcast, Local, Multicast, Unicast};
+        let RouteHeader { address_family, kind, flags, destination_prefix_length: length, .. } = route.header;
+        // What the kernel learned of one destination, as its path MTU: by the same interface as its route.
+        if flags.contains(RouteFlags::Cloned) {
+            return;
+        }
+        let mut table = u32::from(route.header.table);
+        let (mut address, full) = match address_family {
+            AddressFamily::Inet => (IpAddr::from(Ipv4Addr::UNSPECIFIED), 32),
+            _ => (IpAddr::from(Ipv6Addr::UNSPECIFIED), 128),
+        };
+        let (mut index, mut priority, mut addressed) = (0, 0, length == 0);
+        let mut by_source = route.header.source_prefix_length != 0;
+        // Passed over in favour of others, or not checked by the kernel when it was added.
+        let odd = RouteFlags::Dead | RouteFlags::Linkdown | RouteFlags::Unresolved | RouteFlags::Onlink;
+        let mut odd = flags.intersects(odd) || kind != Unicast;
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Table(number) => table = *number,
+                RouteAttribute::Priority(number) => priority = *number,
+                RouteAttribute::Oif(number) => index = *number,
+                RouteAttribute::Destination(RouteAddress::Inet(destination)) if full == 32 => {
+                    (address, addressed) = ((*destination).into(), true);
+                }
+                RouteAttribute::Destination(RouteAddress::Inet6(destination)) if full == 128 => {
+                    (address, addressed) = ((*destination).into(), true);
+                }
+                RouteAttribute::Source(_) => by_source = true,
+                // How it gets there, or what is told of it, but not by which interface.
+                RouteAttribute::Gateway(_)
+                | RouteAttribute::Via(_)
+                | RouteAttribute::PrefSource(_)
+                | RouteAttribute::Preference(_)
+                | RouteAttribute::Metrics(_)
+                | RouteAttribute::CacheInfo(_)
+                | RouteAttribute::Expires(_)
+                | RouteAttribute::Realm(_) => {}
+                // Several hops, a tunnel, a next hop object, or what is not known.
+                _ => odd = true,
+            }
+        }
+        let to_self = matches!(kind, Local | Broadcast | Anycast | Multicast);
+        *self.any.entry(table).or_default() |= !to_self;
+        let link_local =
+            matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) && length >= 10 && addressed;
+        let best = match table {
+            TABLE_MAIN => &mut self.main,
+            TABLE_DEFAULT => &mut self.default,
+            TABLE_LOCAL => {
+                self.unsure |= !to_self && !link_local && !address.is_multicast();
+                self.unsure |= by_source;
+                return;
+            }
+            _ => return,
+        };
+        self.unsure |= by_source || !addressed || length > full;
+        if link_local || self.unsure {
+            return;
+        }
+        let split = route.header.tos != 0;
+        let new = Best { priority, index: if odd || split { 0 } else { index }, split };
+        let room = best.len() < MOST_ROUTES;
+        match best.entry((address, length)) {
+            Entry::Occupied(mut best) => best.get_mut().or(&new),
+            Entry::Vacant(entry) if room => _ = entry.insert(new),
+            Entry::Vacant(_) => self.unsure = true,
+        }
+    }
+
+    /// The routes for longest-prefix matching over `main`, and then `default` if it is asked; nothing if not sure.
+    fn matching(mut self, default_too: bool) -> Option<Vec<Route>> {
+        if self.unsure {
+            return None;
+        }
+        if default_too {
+            for ((address, length), best) in self.default {
+                // Also a route that throws is taken for a match: it makes unsure.
+                let hidden =
+                    (0..=length).any(|shorter| self.main.contains_key(&(masked(address, shorter), shorter)));
+                if !hidden {
+                    self.main.insert((address, length), best);
+                }
+            }
+        }
+        let route = |((address, length), best): ((IpAddr, u8), Best)| {
+            let index = if best.split { 0 } else { best.index };
+            Route { address, length, index }
+        };
+        (self.main.len() <= MOST_ROUTES).then(|| self.main.into_iter().map(route).collect())
+    }
+}
+
+impl Best {
+    /// Keeps the better of two to the same prefix.
+    fn or(&mut self, other: &Self) {
+        self.split |= other.split;
+        match other.priority.cmp(&self.priority) {
+            Ordering::Less => (self.priority, self.index) = (other.priority, other.index),
+            Ordering::Equal if other.index != self.index => self.index = 0,
+            Ordering::Equal | Ordering::Greater => {}
+        }
+    }
+}
+
+/// The first `length` bits of an address.
+fn masked(address: IpAddr, length: u8) -> IpAddr {
+    let length = u32::from(length);
+    match address {
+        IpAddr::V4(v4) => {
+            let mask = u32::MAX.checked_shl(32_u32.saturating_sub(length)).unwrap_or_default();
+            Ipv4Addr::from_bits(v4.to_bits() & mask).into()
+        }
+        IpAddr::V6(v6) => {
+            let mask = u128::MAX.checked_shl(128_u32.saturating_sub(length)).unwrap_or_default();
+            Ipv6Addr::from_bits(v6.to_bits() & mask).into()
+        }
+    }
+}
+
+/// The tables that are asked for every packet of the node's own, in turn; nothing if a rule may decide otherwise.
+fn order(rules: &[RuleMessage], tables: &Tables, lo: &str) -> Option<Vec<u32>> {
+    let mut order = Vec::new();
+    for rule in rules {
+        if never_decides(rule, tables, lo) {
+            continue;
+        }
+        let mut table = u32::from(rule.header.table);
+        let plain = rule.attributes.iter().all(|attribute| match attribute {
+            RuleAttribute::Table(number) => {
+                table = *number;
+                true
+            }
+            RuleAttribute::Priority(_) | RuleAttribute::Protocol(_) => true,
+            RuleAttribute::SuppressPrefixLen(length) => *length == u32::MAX,
+            _ => false,
+        });
+        let header = &rule.header;
+        let all = header.src_len == 0 && header.dst_len == 0 && header.tos == 0;
+        if !plain
+            || !all
+            || header.action != RuleAction::ToTable
+            || !(header.flags - RuleFlags::Permanent).is_empty()
+        {
+            return None;
+        }
+        order.push(table);
+    }
+    Some(order)
+}
+
+/// Whether a rule surely does not change where packets of the node's own go.
+fn never_decides(rule: &RuleMessage, tables: &Tables, lo: &str) -> bool {
+    let mut table = u32::from(rule.header.table);
+    let (mut forwarded, mut mark, mut mask, mut master) = (false, 0, u32::MAX, false);
+    for attribute in &rule.attributes {
+        match attribute {
+            // Packets of the node's own come from loopback.
+            RuleAttribute::Iifname(name) => forwarded = name != lo,
+            RuleAttribute::FwMark(number) => mark = *number,
+            RuleAttribute::FwMask(number) => mask = *number,
+            RuleAttribute::Table(number) => table = *number,
+            RuleAttribute::L3MDev(_) => master = true,
+            _ => {}
+        }
+    }
+    let inverted = rule.header.flags.contains(RuleFlags::Invert);
+    match rule.header.action {
+        RuleAction::Nop => true,
+        _ if forwarded => !inverted,
+        RuleAction::ToTable if !master && table != 0 => match tables.any.get(&table) {
+            // The base tables count in any case: whether they are asked, and when.
+            _ if (TABLE_DEFAULT..=TABLE_LOCAL).contains(&table) => false,
+            None => true,
+            // As for TPROXY: what is marked goes to the node itself, and nothing by another interface.
+            Some(elsewhere) => !elsewhere && !inverted && mark & mask != 0,
+        },
+        _ => false,
+    }
 }
 
 /// Adds where a route leads.
@@ -446,12 +738,15 @@ fn dump_once<S: Default>(
 
 #[cfg(test)]
 mod tests {
-    use rtnetlink::packet_route::route::RouteNextHop;
+    use std::{process::Command, thread};
+
+    use rtnetlink::packet_route::{
+        route::{RouteNextHop, RouteProtocol},
+        rule::RulePortRange,
+    };
 
     use super::*;
     use crate::steer::netns::tests::{Scratch, have_root};
-
-    const LOOPBACK: u32 = 1;
 
     fn route(kind: RouteType, table: u8, attributes: Vec<RouteAttribute>) -> RouteMessage {
         let mut route = RouteMessage::default();
@@ -514,6 +809,337 @@ mod tests {
             assert_eq!(exits.only_by(2), want, "{name}");
         }
         assert!(!Exits::default().only_by(2), "no route at all");
+    }
+
+    /// A route of `table` to a prefix, as `ip` would write it.
+    fn to(table: u8, prefix: &str, mut attributes: Vec<RouteAttribute>) -> RouteMessage {
+        let (address, length) = prefix.split_once('/').expect("a prefix");
+        let address = address.parse().expect("an address");
+        let (family, address, any) = match address {
+            IpAddr::V4(v4) => (AddressFamily::Inet, RouteAddress::Inet(v4), v4.is_unspecified()),
+            IpAddr::V6(v6) => (AddressFamily::Inet6, RouteAddress::Inet6(v6), v6.is_unspecified()),
+        };
+        if !any {
+            attributes.push(RouteAttribute::Destination(address));
+        }
+        let mut route = route(RouteType::Unicast, table, attributes);
+        route.header.address_family = family;
+        route.header.destination_prefix_length = length.parse().expect("a length");
+        route
+    }
+
+    fn main(prefix: &str, index: u32) -> RouteMessage {
+        to(254, prefix, by(index))
+    }
+
+    fn last(prefix: &str, index: u32) -> RouteMessage {
+        to(253, prefix, by(index))
+    }
+
+    fn metric(prefix: &str, index: u32, metric: u32) -> RouteMessage {
+        to(254, prefix, vec![RouteAttribute::Oif(index), RouteAttribute::Priority(metric)])
+    }
+
+    fn with(mut route: RouteMessage, change: impl FnOnce(&mut RouteMessage)) -> RouteMessage {
+        change(&mut route);
+        route
+    }
+
+    fn kind(kind: RouteType, route: RouteMessage) -> RouteMessage {
+        with(route, |route| route.header.kind = kind)
+    }
+
+    fn flags(flags: RouteFlags, route: RouteMessage) -> RouteMessage {
+        with(route, |route| route.header.flags = flags)
+    }
+
+    fn tables(routes: &[RouteMessage]) -> Tables {
+        let mut tables = Tables::default();
+        for route in routes {
+            tables.add(route);
+        }
+        tables
+    }
+
+    #[test]
+    fn a_prefix_has_the_interface_that_the_kernel_takes() {
+        use RouteAttribute::{Encap, EncapType, Gateway, MultiPath, NhId, Oif, Source, Table};
+        use RouteType::{Anycast, BlackHole, Local, Multicast, Prohibit, Throw, Unreachable};
+        let hop = |index| {
+            let mut hop = RouteNextHop::default();
+            hop.interface_index = index;
+            hop
+        };
+        let gateway = || Gateway(RouteAddress::Inet([192, 0, 2, 254].into()));
+        let encap =
+            vec![Oif(2), EncapType(rtnetlink::packet_route::route::RouteLwEnCapType::Ip), Encap(vec![])];
+        let source = Source(RouteAddress::Inet6("2001:db8:1::".parse().expect("an address")));
+        let unknown = RouteAttribute::Other(rtnetlink::packet_core::DefaultNla::new(99, vec![0; 4]));
+        for (name, routes, want) in [
+            ("nothing", vec![], Some("")),
+            ("one", vec![main("0.0.0.0/0", 2)], Some("0.0.0.0/0 2")),
+            (
+                "one per prefix, IPv6 too",
+                vec![main("::/0", 2), main("2001:db8::/32", 3), main("2001:db8::/48", 4)],
+                Some("::/0 2, 2001:db8::/32 3, 2001:db8::/48 4"),
+            ),
+            ("by a router", vec![to(254, "10.0.0.0/8", vec![Oif(2), gateway()])], Some("10.0.0.0/8 2")),
+            (
+                "a table in an attribute",
+                vec![
+                    to(252, "10.0.0.0/8", vec![Oif(2), Table(1000)]),
+                    to(0, "11.0.0.0/8", vec![Oif(2), Table(254)]),
+                ],
+                Some("11.0.0.0/8 2"),
+            ),
+            ("by none", vec![to(254, "10.0.0.0/8", vec![])], Some("10.0.0.0/8 0")),
+            (
+                "several hops",
+                vec![to(254, "10.0.0.0/8", vec![MultiPath(vec![hop(2), hop(3)])])],
+                Some("10.0.0.0/8 0"),
+            ),
+            ("a next hop object", vec![to(254, "10.0.0.0/8", vec![Oif(2), NhId(1)])], Some("10.0.0.0/8 0")),
+            ("a tunnel", vec![to(254, "10.0.0.0/8", encap)], Some("10.0.0.0/8 0")),
+            ("unknown", vec![to(254, "10.0.0.0/8", vec![Oif(2), unknown])], Some("10.0.0.0/8 0")),
+            ("nowhere", vec![kind(BlackHole, main("10.0.0.0/8", 0))], Some("10.0.0.0/8 0")),
+            ("unreachable", vec![kind(Unreachable, main("::/0", LOOPBACK))], Some("::/0 0")),
+            ("prohibited", vec![kind(Prohibit, main("::/0", LOOPBACK))], Some("::/0 0")),
+            ("to itself", vec![kind(Local, main("10.0.0.0/8", LOOPBACK))], Some("10.0.0.0/8 0")),
+            ("down", vec![flags(RouteFlags::Dead, main("10.0.0.0/8", 2))], Some("10.0.0.0/8 0")),
+            ("no carrier", vec![flags(RouteFlags::Linkdown, main("10.0.0.0/8", 2))], Some("10.0.0.0/8 0")),
+            ("unchecked", vec![flags(RouteFlags::Onlink, main("10.0.0.0/8", 2))], Some("10.0.0.0/8 0")),
+            (
+                "learned of a destination",
+                vec![main("0.0.0.0/0", 2), flags(RouteFlags::Cloned, main("10.0.0.1/32", 3))],
+                Some("0.0.0.0/0 2"),
+            ),
+            (
+                "the lower metric",
+                vec![
+                    metric("10.0.0.0/8", 2, 200),
+                    metric("10.0.0.0/8", 3, 100),
+                    metric("10.0.0.0/8", 4, 300),
+                ],
+                Some("10.0.0.0/8 3"),
+            ),
+            (
+                "no metric is the lowest",
+                vec![metric("10.0.0.0/8", 2, 1), main("10.0.0.0/8", 3)],
+                Some("10.0.0.0/8 3"),
+            ),
+            (
+                "a lower metric to nowhere",
+                vec![
+                    main("10.0.0.0/8", 2),
+                    kind(BlackHole, to(254, "11.0.0.0/8", vec![])),
+                    metric("11.0.0.0/8", 2, 1),
+                ],
+                Some("10.0.0.0/8 2, 11.0.0.0/8 0"),
+            ),
+            ("a tie", vec![metric("::/0", 2, 1024), metric("::/0", 3, 1024)], Some("::/0 0")),
+            (
+                "a tie of three",
+                vec![metric("::/0", 2, 1024), metric("::/0", 3, 1024), metric("::/0", 3, 1024)],
+                Some("::/0 0"),
+            ),
+            ("a tie by one", vec![metric("::/0", 2, 1024), metric("::/0", 2, 1024)], Some("::/0 2")),
+            (
+                "a tie that does not matter",
+                vec![metric("::/0", 2, 1024), metric("::/0", 3, 1024), metric("::/0", 4, 100)],
+                Some("::/0 4"),
+            ),
+            (
+                "a type of service",
+                vec![
+                    main("10.0.0.0/8", 2),
+                    with(metric("10.0.0.0/8", 2, 5), |route| route.header.tos = 8),
+                    with(main("11.0.0.0/8", 2), |route| route.header.tos = 8),
+                    metric("11.0.0.0/8", 2, 0),
+                ],
+                Some("10.0.0.0/8 0, 11.0.0.0/8 0"),
+            ),
+            (
+                "link-local",
+                vec![
+                    main("fe80::/64", 2),
+                    main("fe80::/64", 3),
+                    main("fe80::/9", 3),
+                    main("169.254.0.0/16", 2),
+                ],
+                Some("169.254.0.0/16 2, fe80::/9 3"),
+            ),
+            (
+                "the default table where main has nothing",
+                vec![
+                    main("10.0.0.0/8", 2),
+                    last("10.0.0.0/8", 3),
+                    last("10.1.0.0/16", 3),
+                    last("0.0.0.0/0", 3),
+                ],
+                Some("0.0.0.0/0 3, 10.0.0.0/8 2"),
+            ),
+            (
+                "the default table after a default route",
+                vec![main("::/0", 2), last("2001:db8::/32", 3), last("2001:db8::1/128", 3)],
+                Some("::/0 2"),
+            ),
+            (
+                "on to the default table",
+                vec![kind(Throw, main("10.0.0.0/8", 0)), last("10.1.0.0/16", 3)],
+                Some("10.0.0.0/8 0"),
+            ),
+            (
+                "other tables",
+                vec![
+                    main("::/0", 2),
+                    to(100, "2001:db8::/32", by(3)),
+                    kind(Local, to(255, "2001:db8::1/128", by(2))),
+                    kind(Anycast, to(255, "2001:db8::/128", by(2))),
+                    kind(Multicast, to(255, "ff00::/8", by(2))),
+                    to(255, "ff00::/8", by(3)),
+                ],
+                Some("::/0 2"),
+            ),
+            ("more in the local table", vec![main("0.0.0.0/0", 2), to(255, "10.0.0.0/8", by(3))], None),
+            (
+                "for some sources",
+                vec![main("::/0", 2), to(254, "2001:db8::/32", vec![Oif(2), source.clone()])],
+                None,
+            ),
+            (
+                "for some sources by length",
+                vec![with(main("2001:db8::/32", 2), |route| route.header.source_prefix_length = 48)],
+                None,
+            ),
+            (
+                "for some sources in a table that is not asked",
+                vec![main("::/0", 2), to(100, "2001:db8::/32", vec![Oif(2), source])],
+                Some("::/0 2"),
+            ),
+            (
+                "a length alone",
+                vec![with(main("0.0.0.0/0", 2), |r| r.header.destination_prefix_length = 8)],
+                None,
+            ),
+            ("too long", vec![main("10.0.0.0/33", 2)], None),
+        ] {
+            let told = |routes: Vec<Route>| {
+                let told = routes
+                    .iter()
+                    .map(|Route { address, length, index }| format!("{address}/{length} {index}"));
+                told.collect::<Vec<_>>().join(", ")
+            };
+            // The order of the kernel's list says nothing.
+            for turned in 0..routes.len().max(1) {
+                let mut routes = routes.clone();
+                routes.rotate_left(turned);
+                assert_eq!(
+                    tables(&routes).matching(true).map(told).as_deref(),
+                    want,
+                    "{name}, turned {turned}"
+                );
+            }
+        }
+        let both = tables(&[last("0.0.0.0/0", 3), main("10.0.0.0/8", 2)]);
+        let routes = both.matching(false).expect("sure");
+        assert_eq!(routes.len(), 1, "the default table is not asked: {routes:?}");
+    }
+
+    #[test]
+    fn too_many_routes_are_not_sure() {
+        let many = |table, count: usize| {
+            let prefix = move |i| format!("10.{}.{}.0/24", i / 256 % 256, i % 256);
+            (0..count).map(move |i| to(table, &prefix(i), by(2))).collect::<Vec<_>>()
+        };
+        let most = many(254, MOST_ROUTES);
+        assert_eq!(tables(&most).matching(true).expect("sure").len(), MOST_ROUTES);
+        let twice = [most.clone(), most.clone()].concat();
+        assert!(tables(&twice).matching(true).is_some(), "the same again");
+        let more = many(254, MOST_ROUTES + 1);
+        assert!(tables(&more).matching(true).is_none());
+        let both = [most, many(253, MOST_ROUTES - 1), vec![last("0.0.0.0/0", 2)]].concat();
+        assert!(tables(&both).matching(false).is_some());
+        assert!(tables(&both).matching(true).is_none(), "one more in the default table");
+    }
+
+    #[test]
+    fn rules_that_may_decide_are_not_sure() {
+        use RuleAction::{Blackhole, Goto, Nop, ToTable};
+        use RuleAttribute::{
+            FwMark, FwMask, Iifname, L3MDev, Oifname, SourcePortRange, SuppressPrefixLen, Table,
+        };
+        let rule = |table: u8, mut attributes: Vec<RuleAttribute>| {
+            attributes.push(RuleAttribute::Protocol(RouteProtocol::Kernel));
+            if !attributes.iter().any(|attribute| matches!(attribute, SuppressPrefixLen(_))) {
+                attributes.push(SuppressPrefixLen(u32::MAX));
+            }
+            let mut rule = RuleMessage::default();
+            (rule.header.table, rule.header.action, rule.attributes) = (table, ToTable, attributes);
+            rule
+        };
+        let plain = |table: u8| rule(table, vec![Table(table.into()), RuleAttribute::Priority(7)]);
+        let acts = |action, mut rule: RuleMessage| {
+            rule.header.action = action;
+            rule
+        };
+        let inverted = |mut rule: RuleMessage| {
+            rule.header.flags = RuleFlags::Invert;
+            rule
+        };
+        let of = |change: fn(&mut RuleMessage)| {
+            let mut rule = plain(254);
+            change(&mut rule);
+            rule
+        };
+        let ports = || RulePortRange { start: 8080, end: 8080 };
+        let iif = |name: &str| vec![Iifname(name.to_owned())];
+        let mark = |mark, mask| vec![FwMark(mark), FwMask(mask)];
+        // 100 leads away, 101 to the node itself, and 102 is empty.
+        let tables = tables(&[
+            main("0.0.0.0/0", 2),
+            to(100, "0.0.0.0/0", by(3)),
+            kind(RouteType::Local, to(101, "0.0.0.0/0", by(LOOPBACK))),
+        ]);
+        let all: Option<&[u32]> = Some(&[255, 254, 253]);
+        for (name, more, want) in [
+            ("none", vec![], all),
+            ("large number", vec![rule(252, vec![Table(1000)])], all),
+            ("of a full table", vec![plain(100)], Some(&[100, 255, 254, 253])),
+            ("main first", vec![plain(254)], Some(&[254, 255, 254, 253])),
+            ("of an empty table", vec![plain(102)], all),
+            ("of an empty table by port", vec![rule(102, vec![SourcePortRange(ports())])], all),
+            ("of an interface's own table", vec![rule(0, vec![Table(0), L3MDev(true)])], None),
+            ("of an empty table for a VRF", vec![rule(102, vec![L3MDev(true)])], None),
+            ("nothing", vec![acts(Nop, plain(0))], all),
+            ("to nowhere", vec![acts(Blackhole, plain(0))], None),
+            ("to another rule", vec![acts(Goto, plain(0))], None),
+            ("from", vec![of(|rule| rule.header.src_len = 32)], None),
+            ("to", vec![of(|rule| rule.header.dst_len = 8)], None),
+            ("type of service", vec![of(|rule| rule.header.tos = 8)], None),
+            ("not", vec![inverted(plain(254))], None),
+            ("out of", vec![rule(100, vec![Oifname("eth1".to_owned())])], None),
+            ("no default route", vec![rule(254, vec![SuppressPrefixLen(0)])], None),
+            ("by port", vec![rule(100, vec![SourcePortRange(ports())])], None),
+            ("what is forwarded", vec![rule(100, iif("eth1"))], all),
+            ("what is forwarded, to nowhere", vec![acts(Blackhole, rule(0, iif("eth1")))], all),
+            ("what is not forwarded", vec![inverted(rule(100, iif("eth1")))], None),
+            ("its own packets", vec![rule(100, iif("lo"))], None),
+            ("what is marked", vec![rule(100, mark(1, u32::MAX))], None),
+            ("what is marked, to itself", vec![rule(101, mark(1, u32::MAX))], all),
+            ("what is not marked, to itself", vec![inverted(rule(101, mark(1, u32::MAX)))], None),
+            ("any mark, to itself", vec![rule(101, mark(0, 0))], None),
+            ("all to itself", vec![rule(101, vec![SourcePortRange(ports())])], None),
+            ("marked, of main", vec![rule(254, mark(1, 1))], None),
+        ] {
+            let rules: Vec<_> = more.into_iter().chain([plain(255), plain(254), plain(253)]).collect();
+            assert_eq!(order(&rules, &tables, "lo").as_deref(), want, "{name}");
+        }
+        let renamed = [rule(100, iif("lo")), plain(255), plain(254)];
+        assert_eq!(
+            order(&renamed, &tables, "loop").as_deref(),
+            Some(&[255, 254][..]),
+            "loopback has another name"
+        );
     }
 
     #[test]
@@ -603,6 +1229,203 @@ mod tests {
         scratch.ip("link add bridge type bridge");
         scratch.ip("link set two master bridge");
         assert_eq!(listed("two").master, Some(listed("bridge").index));
+    }
+
+    /// What `ip route get` says of packets from `source`: the interface, or nothing if there is no way.
+    fn route_get(scratch: &Scratch, address: IpAddr, source: &str) -> Option<String> {
+        let command = format!("route get {address} from {source}");
+        let output = scratch
+            .open()
+            .enter(|| Command::new("ip").args(command.split(' ')).output())
+            .expect("entered")
+            .expect("ip can be run");
+        let output = output.status.success().then(|| String::from_utf8(output.stdout).expect("text"))?;
+        let mut words = output.split_whitespace().skip_while(|word| *word != "dev");
+        Some(words.nth(1).expect("an interface").to_owned())
+    }
+
+    #[test]
+    fn routes_are_what_ip_says() {
+        const V4: [&str; 2] = ["192.0.2.1", "198.51.100.1"];
+        const V6: [&str; 2] = ["2001:db8:1::1", "2001:db8:2::1"];
+        if !have_root() {
+            return;
+        }
+        let scratch = Scratch::new("routes");
+        // Compares: for each address the interface, `-` for unsure, or nothing if no prefix holds it.
+        let check = |when: &str, wanted: &[(&str, &str)]| {
+            let (all, routes) = look(&scratch.open()).expect("the list");
+            assert_eq!(list(&scratch.open()).expect("the list"), all, "{when}");
+            for (address, want) in wanted {
+                let address: IpAddr = address.parse().expect("an address");
+                let holds = |route: &&Route| {
+                    route.address.is_ipv4() == address.is_ipv4()
+                        && masked(address, route.length) == route.address
+                };
+                let found = routes.routes.iter().filter(holds).max_by_key(|route| route.length);
+                let name = found.map_or("", |route| {
+                    all.iter().find(|interface| interface.index == route.index).map_or("-", |i| &i.name)
+                });
+                assert_eq!(name, *want, "{when}: {address}: {routes:?}");
+                for source in if address.is_ipv4() { V4 } else { V6 } {
+                    let kernel = route_get(&scratch, address, source);
+                    match name {
+                        "" => assert_eq!(kernel, None, "{when}: {address} from {source}"),
+                        "-" => {}
+                        name => {
+                            assert_eq!(kernel.as_deref(), Some(name), "{when}: {address} from {source}");
+                        }
+                    }
+                }
+            }
+            (routes.sure_v4, routes.sure_v6)
+        };
+        for name in ["one", "two"] {
+            scratch.ip(&format!("link add {name} type veth peer name {name}-peer"));
+            scratch.ip(&format!("link set {name} up"));
+            scratch.ip(&format!("link set {name}-peer up"));
+        }
+        for command in [
+            "address add 192.0.2.1/24 dev one",
+            "address add 198.51.100.1/24 dev two",
+            "address add 2001:db8:1::1/64 dev one nodad",
+            "address add 2001:db8:2::1/64 dev two nodad",
+        ] {
+            scratch.ip(command);
+        }
+        // The kernel tells of a carrier a little later.
+        let settled = |name: &str, number: usize| {
+            let by_one = |routes: &Routes| routes.routes.iter().filter(|route| route.index != 0).count();
+            let begun = Instant::now();
+            while by_one(&routes(&scratch.open()).expect("the routes")) != number {
+                assert!(begun.elapsed() < Duration::from_secs(20), "{name}");
+                thread::sleep(Duration::from_millis(20));
+            }
+        };
+        settled("carriers", 4);
+        let connected = [
+            ("192.0.2.7", "one"),
+            ("198.51.100.7", "two"),
+            ("203.0.113.1", ""),
+            ("2001:db8:1::7", "one"),
+            ("2001:db8:2::7", "two"),
+            ("2001:db8:3::7", ""),
+        ];
+        assert_eq!(check("connected", &connected), (true, true));
+
+        // Asked after `main`; for IPv6 it is not asked.
+        scratch.ip("route add 203.0.113.0/24 via 198.51.100.254 table default");
+        scratch.ip("route add 192.0.2.128/25 via 198.51.100.254 table default");
+        scratch.ip("-6 route add 2001:db8:3::/64 via 2001:db8:2::ff table default");
+        let default =
+            [("192.0.2.200", "one"), ("203.0.113.1", "two"), ("203.0.114.1", ""), ("2001:db8:3::7", "")];
+        assert_eq!(check("table default", &default), (true, true));
+        scratch.ip("-6 rule add pref 32767 lookup default");
+        assert_eq!(check("IPv6 table default", &[("2001:db8:3::7", "two")]), (true, true));
+
+        for command in [
+            "route add default via 192.0.2.254",
+            "route add default via 198.51.100.254 metric 100",
+            "route add 10.0.0.0/8 via 198.51.100.254",
+            "route add 10.1.0.0/16 via 192.0.2.254 metric 20",
+            "route append 10.1.0.0/16 via 198.51.100.254 metric 10",
+            "route add 10.2.0.0/16 via 192.0.2.254",
+            "route append 10.2.0.0/16 via 198.51.100.254",
+            "route add blackhole 10.3.0.0/16",
+            "route add unreachable 10.3.1.0/24",
+            "route add 10.4.0.0/16 nexthop via 192.0.2.254 nexthop via 198.51.100.254",
+            "route add 10.5.0.0/16 tos 8 via 192.0.2.254",
+            "route add throw 10.6.0.0/16",
+            "nexthop add id 5 via 192.0.2.254 dev one",
+            "route add 10.7.0.0/16 nhid 5",
+            "route add 10.8.0.0/16 via 10.255.0.1 dev two onlink",
+            "route add 10.9.0.0/16 via inet6 2001:db8:1::ff dev one",
+            "-6 route add default via 2001:db8:1::ff",
+            "-6 route add default via 2001:db8:2::ff metric 2000",
+            "-6 route add 2001:db8:10::/44 via 2001:db8:2::ff",
+            "-6 route add 2001:db8:11::/48 via 2001:db8:1::ff",
+            "-6 route add blackhole 2001:db8:12::/48",
+            "-6 route add 2001:db8:13::/48 nexthop via 2001:db8:1::ff nexthop via 2001:db8:2::ff",
+        ] {
+            scratch.ip(command);
+        }
+        let all = [
+            ("192.0.2.7", "one"),
+            ("203.0.113.1", "one"),
+            ("198.51.100.7", "two"),
+            ("8.8.8.8", "one"),
+            ("9.255.255.255", "one"),
+            ("10.0.0.0", "two"),
+            ("10.1.2.3", "two"),
+            ("10.2.0.1", "-"),
+            ("10.3.0.1", "-"),
+            ("10.3.1.1", "-"),
+            ("10.4.0.1", "-"),
+            ("10.5.0.1", "-"),
+            ("10.6.0.1", "-"),
+            ("10.7.0.1", "-"),
+            ("10.8.0.1", "-"),
+            ("10.9.0.1", "one"),
+            ("10.255.255.255", "two"),
+            ("11.0.0.0", "one"),
+            ("2001:db8:1::7", "one"),
+            ("2001:db8:2::7", "two"),
+            ("2001:db8:3::7", "one"),
+            ("2001:db8:10::1", "two"),
+            ("2001:db8:11::1", "one"),
+            ("2001:db8:12::1", "-"),
+            ("2001:db8:13::1", "-"),
+            ("2001:db8:1f::1", "two"),
+            ("2001:db8:20::1", "one"),
+        ];
+        assert_eq!(check("all kinds", &all), (true, true));
+        let link_local = routes(&scratch.open()).expect("the routes").routes;
+        assert!(
+            !link_local.iter().any(|route| route.address.to_string().starts_with("fe80")),
+            "{link_local:?}"
+        );
+
+        let known = routes(&scratch.open()).expect("the routes");
+        let (one, two) = {
+            let all = list(&scratch.open()).expect("the list");
+            let number = |name: &str| all.iter().find(|i| i.name == name).expect("the interface").index;
+            let count = |index| known.routes.iter().filter(|route| route.index == index).count();
+            (count(number("one")), count(number("two")))
+        };
+        scratch.ip("link set two-peer down");
+        settled("no carrier", one);
+        let no_carrier = [("198.51.100.7", "-"), ("10.0.0.1", "-"), ("8.8.8.8", "one"), ("10.9.0.1", "one")];
+        assert_eq!(check("no carrier", &no_carrier), (true, true));
+        scratch.ip("link set two-peer up");
+        settled("a carrier again", one + two);
+
+        scratch.ip("rule add iif one lookup main");
+        scratch.ip("rule add from 192.0.2.1 lookup 300");
+        scratch.ip("route add local default dev lo table 301");
+        scratch.ip("rule add fwmark 1 lookup 301");
+        assert_eq!(check("rules that do not matter", &all), (true, true));
+
+        scratch.ip("route add default via 198.51.100.254 table 300");
+        assert_eq!(check("its table is not empty anymore", &[]), (false, true));
+        let left = routes(&scratch.open()).expect("the routes");
+        assert!(
+            !left.routes.is_empty() && left.routes.iter().all(|route| route.address.is_ipv6()),
+            "{left:?}"
+        );
+        scratch.ip("rule delete from 192.0.2.1");
+        assert_eq!(check("no rule anymore", &all), (true, true));
+
+        scratch.ip("-6 rule add from 2001:db8:2::1 lookup main suppress_prefixlength 0");
+        assert_eq!(check("an IPv6 rule", &all[..10]), (true, false));
+        scratch.ip("-6 rule delete from 2001:db8:2::1");
+        scratch.ip("-6 route add 2001:db8:14::/48 from 2001:db8:2::/64 via 2001:db8:2::ff");
+        assert_eq!(check("a route for some sources", &all[..10]), (true, false));
+        scratch.ip("-6 route delete 2001:db8:14::/48 from 2001:db8:2::/64");
+        assert_eq!(check("none of these anymore", &all), (true, true));
+
+        let many = (0..MOST_ROUTES).map(|i| format!("route add 172.16.{}.{}/32 dev one\n", i / 256, i % 256));
+        scratch.ip_batch(&many.collect::<String>());
+        assert_eq!(check("many", &all[18..]), (false, true));
     }
 
     #[tokio::test]
