@@ -19,6 +19,7 @@ mod steering;
 pub mod sysctl;
 
 pub use maps::{Counts, Marks};
+pub use object::{EmptyProgram, verified_instructions};
 pub use pins::{Detached, detach};
 pub use preflightd_common::abi::{event, fail_open, kind};
 pub use steering::{PortReport, Report, Service, State, Steering};

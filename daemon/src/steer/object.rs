@@ -9,12 +9,15 @@ use std::{borrow::Cow, path::Path};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    programs::{ProgramError, SchedClassifier},
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        tc::{SchedClassifierLink, TcAttachOptions},
+    },
 };
 use btf_rs::Type;
 use object::{Object as _, ObjectSection as _, SectionKind};
 
-use super::Error;
+use super::{Error, netns::Netns};
 
 /// The object that `build.rs` made from the crate `ebpf/`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/preflightd-ebpf"));
@@ -112,6 +115,60 @@ pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), Error> {
     match program(ebpf, name).load() {
         Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
         Err(error) => Err(Error::new(format!("load the eBPF program `{name}`"), super::PRIVILEGES)(error)),
+    }
+}
+
+/// The programs that do something, and how many instructions the kernel's verifier went through for each: it gives up at a
+/// million.
+///
+/// # Minimum kernel version
+/// 6.9, as for steering.
+///
+/// # Errors
+/// The kernel refuses a map or a program.
+pub fn verified_instructions() -> Result<Vec<(&'static str, u32)>, Error> {
+    let mut fitted = load(None, 1024)?;
+    if let Some(error) = fitted.cannot_steer {
+        return Err(error);
+    }
+    let count = |name| {
+        load_program(&mut fitted.ebpf, name)?;
+        let failed = Error::new(format!("ask the kernel about the program `{name}`"), super::PRIVILEGES);
+        let info = program(&mut fitted.ebpf, name).info().map_err(failed)?;
+        let count = info.verified_instruction_count();
+        let untold = Error::new("ask how many instructions were verified", "use Linux 5.16 or later");
+        count.map(|count| (name, count)).ok_or_else(|| untold("it does not tell"))
+    };
+    ["steer", "observe", "sweep_pending"].into_iter().map(count).collect()
+}
+
+/// The program that does nothing on the ingress of an interface, for as long as this lives: what any program costs.
+#[derive(Debug)]
+pub struct EmptyProgram {
+    _link: SchedClassifierLink,
+}
+
+impl EmptyProgram {
+    /// Attaches it.
+    ///
+    /// # Minimum kernel version
+    /// 6.6, for TCX.
+    ///
+    /// # Errors
+    /// There is no such interface, or the kernel refuses.
+    pub fn attach(netns: &Netns, interface: &str) -> Result<Self, Error> {
+        let mut ebpf = load(None, 1024)?.ebpf;
+        load_program(&mut ebpf, "empty")?;
+        let program = program(&mut ebpf, "empty");
+        let attach = || {
+            let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+            program
+                .attach_with_options(interface, TcAttachType::Ingress, order)
+                .and_then(|link| program.take_link(link))
+        };
+        let what = format!("attach to the ingress of {interface}");
+        let link = netns.enter(attach)?.map_err(Error::new(what, super::PRIVILEGES))?;
+        Ok(Self { _link: link })
     }
 }
 
