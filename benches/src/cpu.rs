@@ -1,16 +1,15 @@
 //! Which CPU the servers and the generator run on.
-#![forbid(unsafe_code)]
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::io;
 
-/// The two CPUs of a measurement.
+/// The two CPUs of a measurement, or something of each.
 #[derive(Clone, Copy, Debug)]
-pub struct Cpus {
+pub struct Cpus<T = usize> {
     /// The servers', one at a time.
-    pub server: usize,
+    pub server: T,
     /// The generator's (and with it most of the servers' receive path: loopback delivers on the sender's CPU).
-    pub client: usize,
+    pub client: T,
 }
 
 impl Cpus {
@@ -37,4 +36,14 @@ pub fn pin(cpu: usize) -> io::Result<()> {
     set.set(cpu);
     sched_setaffinity(None, &set)?;
     Ok(())
+}
+
+/// Lets the calling thread go before all others on its CPU: for one that sleeps most of the time and must be on time.
+pub fn go_first() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: of the calling thread (0), with the parameters' address.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) } == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
 }

@@ -7,12 +7,17 @@
 
 pub mod acrh;
 pub mod bulk;
+mod connect;
 pub mod cpu;
+pub mod flood;
+pub mod lab;
 pub mod load;
+pub mod openloop;
 pub mod peers;
 pub mod policies;
 pub mod process;
 pub mod report;
 pub mod rounds;
+pub mod share;
 pub mod stats;
 pub mod workload;

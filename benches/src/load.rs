@@ -2,18 +2,19 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    connect::connect,
     stats::percentile,
     workload::{Request, says_close},
 };
 use rustix::{
     event::{Timespec, epoll},
     io::Errno,
-    net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt},
+    net::{self, RecvFlags, SendFlags, sockopt},
 };
 use std::{
     collections::VecDeque,
     fmt, io,
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
@@ -44,6 +45,8 @@ pub struct Load<'a> {
     pub pace: Pace,
     /// On so many connections at once.
     pub connections: usize,
+    /// From these addresses in turn; empty: from the kernel's choice.
+    pub sources: &'a [Ipv4Addr],
     /// Before anything counts.
     pub warm_up: Duration,
     /// What counts.
@@ -90,6 +93,7 @@ pub fn probe(address: SocketAddrV4, requests: &[Request]) -> io::Result<()> {
         requests,
         pace: Pace::NewConnection { client_closes: true },
         connections: 1,
+        sources: &[],
         warm_up: Duration::ZERO,
         duration: Duration::ZERO,
     };
@@ -135,6 +139,7 @@ struct Generator<'a> {
     /// For a rate: connections without a request, the longest idle one first.
     idle: VecDeque<usize>,
     next_request: usize,
+    next_source: usize,
     counting: bool,
     latencies: Vec<u32>,
     last_progress: Instant,
@@ -148,6 +153,7 @@ impl<'a> Generator<'a> {
             connections: Vec::with_capacity(load.connections),
             idle: VecDeque::with_capacity(load.connections),
             next_request: 0,
+            next_source: 0,
             counting: false,
             latencies: Vec::with_capacity(1 << 18),
             last_progress: Instant::now(),
@@ -259,11 +265,12 @@ impl<'a> Generator<'a> {
         if connection.state != State::Waiting {
             return unexpected(connection, "a response that nobody asked for");
         }
-        if !connection.response.ends_with(b"\r\n\r\n") {
+        let request = &self.load.requests[connection.request];
+        if !request.is_whole(&connection.response) {
             return Ok(());
         }
-        if !self.load.requests[connection.request].accepts(&connection.response) {
-            return unexpected(connection, "not the answer to this preflight");
+        if !request.accepts(&connection.response) {
+            return unexpected(connection, "not the answer to this request");
         }
         self.last_progress = Instant::now();
         if self.counting {
@@ -313,13 +320,11 @@ impl<'a> Generator<'a> {
         if matches!(self.load.pace, Pace::Rate(_)) { self.watch(index) } else { self.start(index, since) }
     }
 
-    fn connect(&self) -> io::Result<OwnedFd> {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let socket = net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
-        match net::connect(&socket, &self.load.address) {
-            Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
-            Err(error) => Err(error.into()),
-        }
+    fn connect(&mut self) -> io::Result<OwnedFd> {
+        let sources = self.load.sources;
+        let source = (!sources.is_empty()).then(|| sources[self.next_source % sources.len()]);
+        self.next_source += 1;
+        connect(self.load.address, source)
     }
 
     /// Tells the kernel what the connection waits for, if that has changed.

@@ -160,7 +160,12 @@ impl Server {
     }
 
     /// Starts `command` on the servers' CPU, with what it prints in `dir`. The kernel ends it with this thread.
-    fn spawn(mut command: Command, address: SocketAddrV4, dir: &Path, cpus: Cpus) -> io::Result<Self> {
+    pub(crate) fn spawn(
+        mut command: Command,
+        address: SocketAddrV4,
+        dir: &Path,
+        cpus: Cpus,
+    ) -> io::Result<Self> {
         let log = fs::File::create(dir.join("log"))?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         // SAFETY: between fork and exec the closure makes one system call and touches no memory of this process.
@@ -185,7 +190,7 @@ impl Server {
     }
 
     /// Tries `ready` until it succeeds, the server ends, or half a minute is over.
-    fn wait(&mut self, dir: &Path, mut ready: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    pub(crate) fn wait(&mut self, dir: &Path, mut ready: impl FnMut() -> io::Result<()>) -> io::Result<()> {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             let error = match ready() {
@@ -242,7 +247,7 @@ pub fn free_address() -> io::Result<SocketAddrV4> {
 }
 
 /// Where cargo has put this program and its neighbours.
-fn bin_dir() -> io::Result<PathBuf> {
+pub(crate) fn bin_dir() -> io::Result<PathBuf> {
     let exe = env::current_exe()?;
     Ok(exe.parent().map(Path::to_path_buf).unwrap_or_default())
 }
@@ -302,7 +307,12 @@ fn haproxy_relays(dir: &Path, address: SocketAddrV4, upstream: SocketAddrV4) -> 
 }
 
 /// Fills in the policy that all servers share; each origin is put down as `origin` says.
-fn fill(template: &str, address: SocketAddrV4, origin: impl Fn(String) -> String, between: &str) -> String {
+pub(crate) fn fill(
+    template: &str,
+    address: SocketAddrV4,
+    origin: impl Fn(String) -> String,
+    between: &str,
+) -> String {
     let origins: Vec<_> =
         (0..Size::SMALL.origins).map(|number| origin(policies::origin(0, 0, number))).collect();
     [
@@ -320,7 +330,7 @@ fn fill(template: &str, address: SocketAddrV4, origin: impl Fn(String) -> String
     .fold(template.to_owned(), |text, (name, value)| text.replace(name, &value))
 }
 
-fn nginx(dir: &Path, config: &str) -> io::Result<Command> {
+pub(crate) fn nginx(dir: &Path, config: &str) -> io::Result<Command> {
     let mut command = Command::new("nginx");
     command.arg("-p").arg(dir).arg("-e").arg("stderr").arg("-c").arg(write(dir, "nginx.conf", config)?);
     Ok(command)
@@ -339,7 +349,7 @@ fn haproxy(dir: &Path, config: &str) -> io::Result<Command> {
     Ok(command)
 }
 
-fn write(dir: &Path, name: &str, text: &str) -> io::Result<PathBuf> {
+pub(crate) fn write(dir: &Path, name: &str, text: &str) -> io::Result<PathBuf> {
     let path = dir.join(name);
     fs::write(&path, text)?;
     Ok(path)

@@ -2,7 +2,12 @@
 #![forbid(unsafe_code)]
 
 use crate::cpu::Cpus;
-use std::{collections::HashMap, fs, io, path::Path, time::Duration};
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 /// CPU time of a process, all threads summed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -87,6 +92,42 @@ impl Everyone {
             }
         })?;
         Ok(others)
+    }
+}
+
+/// What the two CPUs did, whoever asked for it: interrupts and the network stack count too, which are nobody's.
+#[derive(Clone, Copy, Debug)]
+pub struct Busy {
+    at: Instant,
+    idle: Cpus<Duration>,
+}
+
+impl Busy {
+    /// The clocks now. The kernel shows them in steps of 10 ms.
+    pub fn now(cpus: Cpus) -> io::Result<Self> {
+        let stat = fs::read_to_string("/proc/stat")?;
+        let idle = |cpu: usize| {
+            let name = format!("cpu{cpu}");
+            let mut fields = stat.lines().map(str::split_ascii_whitespace);
+            let mut fields = fields.find_map(|mut line| (line.next()? == name).then_some(line))?.skip(3);
+            let mut ticks = || fields.next()?.parse::<u64>().ok();
+            Some(Duration::from_millis(10 * (ticks()? + ticks()?)))
+        };
+        let of = |cpu| {
+            idle(cpu)
+                .ok_or_else(|| io::Error::other(format!("reading /proc/stat: no idle time of CPU {cpu}")))
+        };
+        Ok(Self { at: Instant::now(), idle: Cpus { server: of(cpus.server)?, client: of(cpus.client)? } })
+    }
+
+    /// How long each CPU was busy between `earlier` and now.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Cpus<Duration> {
+        let busy = |now: Duration, then| (self.at - earlier.at).saturating_sub(now.saturating_sub(then));
+        Cpus {
+            server: busy(self.idle.server, earlier.idle.server),
+            client: busy(self.idle.client, earlier.idle.client),
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 #[derive(Clone, Debug)]
 pub struct Figure {
     /// Stable name, such as `answer_cpu_vs_nginx_keepalive`.
-    pub name: &'static str,
+    pub name: String,
     /// The median with its bounds.
     pub estimate: Estimate,
     /// `ratio`, `ns`, `us`, `s`, `bytes`, …
@@ -106,10 +106,14 @@ pub fn median(estimate: Option<Estimate>) -> String {
 pub fn figures(figures: &[Figure]) -> String {
     let mut table = Table::new(["figure", "median", "95 % bounds", "unit", "compared with", "rounds"]);
     for Figure { name, estimate, unit, peer } in figures {
+        let bounds = match estimate.count {
+            1 => "–".into(),
+            _ => format!("{} – {}", number(estimate.lower), number(estimate.upper)),
+        };
         table.row([
             format!("`{name}`"),
             number(estimate.median),
-            format!("{} – {}", number(estimate.lower), number(estimate.upper)),
+            bounds,
             (*unit).to_owned(),
             (*peer).to_owned(),
             estimate.count.to_string(),
@@ -127,6 +131,19 @@ pub fn print(json: bool, figures: &[Figure], report: &str) {
     } else {
         println!("{report}");
     }
+}
+
+/// The figures as one object of JSON: medians by name, and with `_lower` behind the name the lower 95 % bounds of those that
+/// were measured more than once.
+pub fn object(figures: &[Figure]) -> String {
+    let mut object = serde_json::Map::new();
+    for Figure { name, estimate, .. } in figures {
+        object.insert(name.clone(), estimate.median.into());
+        if estimate.count > 1 {
+            object.insert(format!("{name}_lower"), estimate.lower.into());
+        }
+    }
+    serde_json::Value::Object(object).to_string()
 }
 
 /// Where and when a run was made, in a line of Markdown.
@@ -228,8 +245,19 @@ mod tests {
     #[test]
     fn a_figure_is_one_line_of_json() {
         let estimate = Estimate { median: 0.5, lower: 0.4, upper: 0.6, count: 20 };
-        let figure = Figure { name: "x", estimate, unit: "ratio", peer: "nginx" };
+        let figure = Figure { name: "x".into(), estimate, unit: "ratio", peer: "nginx" };
         assert_eq!(figure.json(), r#"{"name":"x","value":0.5,"unit":"ratio","peer":"nginx","rounds":20}"#);
+    }
+
+    #[test]
+    fn figures_are_one_object_of_json() {
+        let figure = |name: &str, count| Figure {
+            name: name.into(),
+            estimate: Estimate { median: 0.5, lower: 0.4, upper: 0.6, count },
+            unit: "ratio",
+            peer: "",
+        };
+        assert_eq!(object(&[figure("x", 20), figure("y", 1)]), r#"{"x":0.5,"x_lower":0.4,"y":0.5}"#);
     }
 
     #[test]

@@ -28,6 +28,13 @@ impl Estimate {
     }
 }
 
+impl From<f64> for Estimate {
+    /// Of what is counted or measured once.
+    fn from(value: f64) -> Self {
+        Self { median: value, lower: value, upper: value, count: 1 }
+    }
+}
+
 /// How many values can be left out at either end so that the rest still spans the median in 95 % of all samples.
 fn outside(count: usize) -> usize {
     // Probability that at most `k` of `count` values fall below the true median, summed up term by term.

@@ -1,4 +1,5 @@
-//! The request that everything is measured with: a preflight as Chrome sends it, and what its answer must hold.
+//! The requests that everything is measured with: a preflight as Chrome sends it, beside it a GET, and what their answers
+//! must hold.
 #![forbid(unsafe_code)]
 
 use memchr::memmem;
@@ -6,15 +7,22 @@ use memchr::memmem;
 /// Length of every keep-alive request in bytes.
 pub const REQUEST_LEN: usize = 537;
 
-/// One preflight, ready to send, and the origin that its answer must allow.
+/// One request, ready to send, and what its answer must hold.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// For a connection that stays open: [`REQUEST_LEN`] bytes.
+    /// For a connection that stays open: [`REQUEST_LEN`] bytes if it is a preflight.
     pub keep_alive: Vec<u8>,
     /// The same with `Connection: close`.
     pub close: Vec<u8>,
-    /// What the answer says after its `Access-Control-Allow-Origin:`, with blank and line end.
-    allowed: Vec<u8>,
+    wanted: Wanted,
+}
+
+#[derive(Clone, Debug)]
+enum Wanted {
+    /// What a preflight's answer says after its `Access-Control-Allow-Origin:`, with blank and line end.
+    Allowed(Vec<u8>),
+    /// The body.
+    Body(&'static [u8]),
 }
 
 impl Request {
@@ -40,16 +48,47 @@ impl Request {
         Self {
             keep_alive: head(&query, "keep-alive").into_bytes(),
             close: head(&query, "close").into_bytes(),
-            allowed: format!(" {origin}\r\n").into_bytes(),
+            wanted: Wanted::Allowed(format!(" {origin}\r\n").into_bytes()),
         }
     }
 
-    /// Whether `response`, a whole head, is a preflight's success for this request: status 200 or 204, no body, the origin.
+    /// A GET of `path` from `host`, whose answer is `body`: not empty, with nothing in it that could end a head.
+    pub fn get(host: &str, path: &str, body: &'static str) -> Self {
+        let head = |connection: &str| {
+            format!(
+                "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\nAccept: */*\r\n\
+                 User-Agent: Mozilla/5.0 (X11; Linux x86_64)\r\n\r\n"
+            )
+        };
+        Self {
+            keep_alive: head("keep-alive").into_bytes(),
+            close: head("close").into_bytes(),
+            wanted: Wanted::Body(body.as_bytes()),
+        }
+    }
+
+    /// Whether `response`, what has come so far, is a whole one.
+    pub fn is_whole(&self, response: &[u8]) -> bool {
+        match &self.wanted {
+            Wanted::Allowed(_) => response.ends_with(b"\r\n\r\n"),
+            Wanted::Body(body) => {
+                response.strip_suffix(*body).is_some_and(|head| head.ends_with(b"\r\n\r\n"))
+            }
+        }
+    }
+
+    /// Whether `response`, a whole one, is success for this request; for a preflight: status 200 or 204, no body, the origin.
     pub fn accepts(&self, response: &[u8]) -> bool {
         let status = response.get(..13);
-        (status == Some(b"HTTP/1.1 204 ")
-            || status == Some(b"HTTP/1.1 200 ") && memmem::find(response, b"ontent-length: 0\r\n").is_some())
-            && memmem::find(response, &self.allowed).is_some()
+        match &self.wanted {
+            Wanted::Allowed(origin) => {
+                (status == Some(b"HTTP/1.1 204 ")
+                    || status == Some(b"HTTP/1.1 200 ")
+                        && memmem::find(response, b"ontent-length: 0\r\n").is_some())
+                    && memmem::find(response, origin).is_some()
+            }
+            Wanted::Body(_) => status == Some(b"HTTP/1.1 200 "),
+        }
     }
 }
 
@@ -68,6 +107,20 @@ mod tests {
         assert_eq!(request.keep_alive.len(), REQUEST_LEN);
         let keep = String::from_utf8(request.keep_alive).expect("text");
         assert_eq!(keep.replace("Connection: keep-alive", "Connection: close").as_bytes(), request.close);
+    }
+
+    #[test]
+    fn a_get_is_answered_by_its_body() {
+        let request = Request::get("h", "/", "hello\n");
+        for (name, response, whole, good) in [
+            ("head only", "HTTP/1.1 200 OK\r\n\r\n", false, true),
+            ("no head's end", "HTTP/1.1 200 OK\r\nhello\n", false, true),
+            ("whole", "HTTP/1.1 200 OK\r\n\r\nhello\n", true, true),
+            ("refused", "HTTP/1.1 503 Busy\r\n\r\nhello\n", true, false),
+        ] {
+            assert_eq!(request.is_whole(response.as_bytes()), whole, "{name}");
+            assert_eq!(request.accepts(response.as_bytes()), good, "{name}");
+        }
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub(crate) enum Name {
     Decide,
     /// Throughput of what is passed on, beside haproxy in TCP mode
     Relay,
+    /// What steering costs the traffic that is not its own, and which share of preflights it gets; needs root
+    Steer,
     /// Instruction counts, against the limits in benches/instructions.toml
     Instructions,
 }
@@ -51,12 +53,13 @@ pub(crate) fn measure(name: Name, rest: &[String]) -> Result<()> {
         Name::Answer => "bench-answer",
         Name::Decide => "bench-decide",
         Name::Relay => "bench-relay",
+        Name::Steer => "bench-steer",
         Name::Instructions => "bench-instructions",
     };
     let mut bench = sh::cargo();
     bench.arg("run").args(RELEASE).args(["--package=preflightd-benches", "--bin", binary, "--"]).args(rest);
     let mut commands = vec![];
-    if matches!(name, Name::Answer | Name::Relay) {
+    if matches!(name, Name::Answer | Name::Relay | Name::Steer) {
         // What they start: preflightd, the floor.
         let mut build = sh::cargo();
         build.arg("build").args(RELEASE).args([

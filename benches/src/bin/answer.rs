@@ -166,6 +166,7 @@ fn measure(
         requests,
         pace,
         connections: CONNECTIONS,
+        sources: &[],
         warm_up: WARM_UP,
         duration,
     };
@@ -246,7 +247,7 @@ fn figures(rounds: &Rounds<Key, Sample>) -> Vec<Figure> {
         .into_iter()
         .filter_map(|(name, shape, of, to, peer)| {
             let estimate = rounds.ratio((shape, of), (shape, to), |sample| sample.cpu)?;
-            Some(Figure { name, estimate, unit: "ratio", peer })
+            Some(Figure { name: name.into(), estimate, unit: "ratio", peer })
         })
         .collect()
 }

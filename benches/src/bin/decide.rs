@@ -91,7 +91,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     let mut figures = Vec::new();
     for (number, subject) in subjects.iter().enumerate() {
         if let Some(estimate) = rounds.estimate(number, |time| time / subject.unit.nanoseconds()) {
-            figures.push(Figure { name: subject.name, estimate, unit: subject.unit.name(), peer: "" });
+            figures.push(Figure { name: subject.name.into(), estimate, unit: subject.unit.name(), peer: "" });
         }
     }
     let mut ratios = 0;
@@ -100,7 +100,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
         let (Some(of), Some(to)) = (number(of), number(to)) else { continue };
         ratios += 1;
         if let Some(estimate) = rounds.ratio(of, to, |time| *time) {
-            figures.push(Figure { name, estimate, unit: "ratio", peer: "itself" });
+            figures.push(Figure { name: name.into(), estimate, unit: "ratio", peer: "itself" });
         }
     }
     let missing = subjects.len() + ratios - figures.len();
@@ -336,8 +336,8 @@ fn compile(size: Size) -> io::Result<Vec<Figure>> {
     }
     // Only the first had to ask the kernel for memory; its specs came before.
     memory.truncate(1);
-    let figure = |name, values: Vec<f64>, unit| {
-        Estimate::of(values).map(|estimate| Figure { name, estimate, unit, peer: "" })
+    let figure = |name: &'static str, values: Vec<f64>, unit| {
+        Estimate::of(values).map(|estimate| Figure { name: name.into(), estimate, unit, peer: "" })
     };
     Ok([
         figure("compile_s_100000_policies", seconds, "s"),

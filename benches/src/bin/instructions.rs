@@ -108,7 +108,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
             (if good { "good" } else { "TOO MANY" }).to_owned(),
         ]);
         let estimate = Estimate { median: count, lower: count, upper: count, count: 1 };
-        figures.push(Figure { name: subject.name(), estimate, unit: "instructions", peer: "" });
+        figures.push(Figure { name: subject.name().into(), estimate, unit: "instructions", peer: "" });
     }
     report::print(arguments.json, &figures, &table.markdown());
     if above.is_empty() {

@@ -116,18 +116,18 @@ fn run(arguments: &Arguments) -> io::Result<()> {
 
 fn figures(rounds: &Rounds<Key, Sample>) -> io::Result<Vec<Figure>> {
     const PEER: &str = "haproxy, TCP mode";
-    let ratio = |name, direction, value: fn(&Sample) -> f64| {
+    let ratio = |name: &'static str, direction, value: fn(&Sample) -> f64| {
         let estimate =
             rounds.ratio((direction, Relay::Preflightd), (direction, Relay::Haproxy), value).ok_or_else(
                 || io::Error::other("no round was undisturbed; run this again when the machine is quiet"),
             )?;
-        Ok::<_, io::Error>(Figure { name, estimate, unit: "ratio", peer: PEER })
+        Ok::<_, io::Error>(Figure { name: name.into(), estimate, unit: "ratio", peer: PEER })
     };
     let up = ratio("relay_vs_haproxy_tcp_up", Direction::Up, |sample| sample.throughput)?;
     let down = ratio("relay_vs_haproxy_tcp_down", Direction::Down, |sample| sample.throughput)?;
     let lower = if up.estimate.median < down.estimate.median { &up } else { &down };
     Ok(vec![
-        Figure { name: "relay_vs_haproxy_tcp", ..lower.clone() },
+        Figure { name: "relay_vs_haproxy_tcp".into(), ..lower.clone() },
         up,
         down,
         ratio("relay_cpu_vs_haproxy_tcp_up", Direction::Up, |sample| sample.cpu)?,

@@ -1,0 +1,345 @@
+//! Nodes with a real nginx in network namespaces of their own, bare, with an empty eBPF program or steered, and clients.
+//!
+//! Everything is gone when its value is dropped, and after Ctrl-C.
+#![forbid(unsafe_code)]
+
+use crate::{
+    bulk::{self, Direction},
+    cpu::Cpus,
+    load,
+    peers::{self, Server},
+    policies::{self, Size},
+    workload::Request,
+};
+use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
+use preflightd::steer::{self, EmptyProgram};
+use preflightd_tests::{client, daemon::Metrics, netns::Netns};
+use std::{
+    fmt::{self, Display},
+    fs, io,
+    net::{Ipv4Addr, SocketAddrV4},
+    path::{Path, PathBuf},
+    process::{self, Command},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// What is attached to the ingress of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Variant {
+    /// No program.
+    None,
+    /// A program that does nothing: the control.
+    Empty,
+    /// preflightd steers.
+    Steer,
+}
+
+impl Variant {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::None, Self::Empty, Self::Steer];
+}
+
+impl Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "no program",
+            Self::Empty => "an empty program",
+            Self::Steer => "preflightd steering",
+        })
+    }
+}
+
+/// The body of nginx's answer to a GET.
+pub const BODY: &str = "hello\n";
+/// The interface of each node that its clients come in by.
+pub const INTERFACE: &str = "eth0";
+/// How many addresses the client has in each node's network.
+const CLIENTS: u8 = 16;
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// A directory in memory, and a promise that Ctrl-C leaves nothing behind.
+#[derive(Debug)]
+pub struct Lab {
+    /// Which CPU is whose.
+    pub cpus: Cpus,
+    directory: PathBuf,
+    pin_dir: PathBuf,
+}
+
+impl Lab {
+    /// Checks what is needed, and begins.
+    ///
+    /// # Errors
+    /// Not root, no bpffs, only one CPU.
+    pub fn open() -> io::Result<Self> {
+        if !rustix::process::geteuid().is_root() {
+            return Err(io::Error::other("network namespaces and eBPF need root: run this as root"));
+        }
+        let pid = process::id();
+        let lab = Self {
+            cpus: Cpus::choose()?,
+            directory: PathBuf::from(format!("/dev/shm/preflightd-bench-{pid}")),
+            pin_dir: PathBuf::from(format!("{BPFFS}/preflightd-bench-{pid}")),
+        };
+        if !fs::read_to_string("/proc/mounts")?.lines().any(|line| line.split(' ').nth(1) == Some(BPFFS)) {
+            run(Command::new("mount").args(["-t", "bpf", "bpf", BPFFS]))?;
+        }
+        fs::create_dir_all(&lab.directory)?;
+        let (directory, pin_dir) = (lab.directory.clone(), lab.pin_dir.clone());
+        // Its children end with it: they were started so.
+        ctrlc::set_handler(move || {
+            remove(&directory, &pin_dir);
+            let mine = format!("-{pid}-");
+            for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if name.starts_with("pf-") && name.contains(&mine) {
+                    let _ = Command::new("ip").args(["netns", "delete", &name]).status();
+                }
+            }
+            process::exit(130);
+        })
+        .map_err(io::Error::other)?;
+        Ok(lab)
+    }
+
+    /// A namespace for clients. Its interfaces deliver on the clients' CPU.
+    pub fn clients(&self) -> Netns {
+        Netns::new("clients")
+    }
+
+    /// A node in network `number`, linked to the clients' namespace, with `bytes` zeros to download, ready.
+    ///
+    /// # Errors
+    /// Something cannot be started, or does not do what it should; its own words are in the message.
+    pub fn node(&self, variant: Variant, number: u8, clients: &Netns, bytes: usize) -> io::Result<Node> {
+        let netns = Netns::new("node");
+        let address = SocketAddrV4::new(Ipv4Addr::new(10, 1, number, 1), 80);
+        let sources: Vec<_> = (0..CLIENTS).map(|host| Ipv4Addr::new(10, 1, number, 100 + host)).collect();
+        let of_clients: Vec<_> = sources.iter().map(|source| format!("{source}/24")).collect();
+        let of_clients: Vec<_> = of_clients.iter().map(String::as_str).collect();
+        let to_node = format!("node{number}");
+        netns.link(INTERFACE, &[&format!("{}/24", address.ip())], clients, &to_node, &of_clients);
+        deliver_on(&netns, INTERFACE, self.cpus.server)?;
+        deliver_on(clients, &to_node, self.cpus.client)?;
+
+        let directory = self.directory.join(format!("node{number}"));
+        let nginx = start_nginx(&netns, &directory, self.cpus, address, clients, bytes)?;
+        let mut node = Node { nginx, daemon: None, empty: None, address, sources, netns };
+        match variant {
+            Variant::None => {}
+            Variant::Empty => {
+                let netns = steer::netns::Netns::open(&node.path()).map_err(io::Error::other)?;
+                node.empty = Some(EmptyProgram::attach(&netns, INTERFACE).map_err(io::Error::other)?);
+            }
+            Variant::Steer => node.daemon = Some(Daemon::start(&node.path(), &directory, self)?),
+        }
+        let preflights = policies::requests(Size::SMALL, 1);
+        clients.enter(|| load::probe(address, &preflights))?;
+        Ok(node)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        remove(&self.directory, &self.pin_dir);
+    }
+}
+
+/// The GET that is measured, and every client's preflight: different ones of the policy.
+pub fn get() -> Request {
+    Request::get(&policies::host(0), &format!("{}/orders", policies::prefix(0)), BODY)
+}
+
+/// Takes down what a daemon pinned, and the files.
+fn remove(directory: &Path, pin_dir: &Path) {
+    if let Err(error) = steer::detach(pin_dir, Duration::ZERO) {
+        eprintln!("{error}");
+    }
+    let _ = fs::remove_dir(pin_dir);
+    let _ = fs::remove_dir_all(directory);
+}
+
+/// A node: a namespace, its nginx, and what is attached.
+#[derive(Debug)]
+pub struct Node {
+    /// Where nginx listens.
+    pub address: SocketAddrV4,
+    /// The clients' addresses in this network.
+    pub sources: Vec<Ipv4Addr>,
+    // In the order in which they go.
+    daemon: Option<Daemon>,
+    empty: Option<EmptyProgram>,
+    nginx: Server,
+    /// The namespace.
+    pub netns: Netns,
+}
+
+impl Node {
+    /// The processes that work for it.
+    pub fn pids(&self) -> impl Iterator<Item = u32> {
+        [Some(self.nginx.pid()), self.daemon.as_ref().map(|daemon| daemon.server.pid())].into_iter().flatten()
+    }
+
+    /// nginx.
+    pub fn nginx(&self) -> u32 {
+        self.nginx.pid()
+    }
+
+    /// preflightd, if the node is steered.
+    pub fn preflightd(&self) -> Option<u32> {
+        self.daemon.as_ref().map(|daemon| daemon.server.pid())
+    }
+
+    /// What preflightd counts, once it has counted all that went before. All zero without it.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn metrics(&self) -> io::Result<Metrics> {
+        let Some(daemon) = &self.daemon else { return Ok(Metrics::parse("")) };
+        // The maps are read several times a second.
+        thread::sleep(Duration::from_secs(1));
+        daemon.metrics()
+    }
+
+    /// What the kernel tells of the program on [`INTERFACE`]; `None`: there is none.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn program(&self) -> io::Result<Option<ProgramInfo>> {
+        let query = || SchedClassifier::query_tcx(INTERFACE, TcAttachType::Ingress);
+        let (_, programs) = self.netns.enter(query).map_err(io::Error::other)?;
+        Ok(programs.into_iter().next())
+    }
+
+    /// Links the node to another namespace, which all that is not the clients' goes to from now on, and waits until
+    /// preflightd, if it is there, steers what comes from there.
+    ///
+    /// # Errors
+    /// preflightd does not.
+    pub fn link_world(&self, world: &Netns, number: u8, cpus: Cpus) -> io::Result<()> {
+        const INTERFACE: &str = "world";
+        let to_node = format!("node{number}");
+        let theirs = format!("10.2.{number}.2");
+        self.netns.link(
+            INTERFACE,
+            &[&format!("10.2.{number}.1/24")],
+            world,
+            &to_node,
+            &[&format!("{theirs}/24")],
+        );
+        self.netns.ip(&format!("route add default via {theirs}"));
+        // As on a node of Kubernetes. With routes by several interfaces, preflightd asks the kernel for the way back, which it
+        // tells only where packets are forwarded.
+        self.netns.enter(|| fs::write("/proc/sys/net/ipv4/ip_forward", "1"))?;
+        world.ip(&format!("route add {}/32 via 10.2.{number}.1", self.address.ip()));
+        deliver_on(&self.netns, INTERFACE, cpus.server)?;
+        deliver_on(world, &to_node, cpus.client)?;
+        let Some(daemon) = &self.daemon else { return Ok(()) };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while daemon.metrics()?.sum("preflightd_steer_interface", &[("interface", INTERFACE)]) < 1.0 {
+            if Instant::now() > deadline {
+                return Err(io::Error::other("preflightd does not attach to an interface that has come up"));
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    fn path(&self) -> String {
+        format!("/run/netns/{}", self.netns.name())
+    }
+}
+
+/// preflightd beside the nginx of a node.
+#[derive(Debug)]
+struct Daemon {
+    server: Server,
+    admin: SocketAddrV4,
+}
+
+impl Daemon {
+    fn start(netns: &str, directory: &Path, lab: &Lab) -> io::Result<Self> {
+        let admin = peers::free_address()?;
+        let config = include_str!("../peers/preflightd-steer.toml")
+            .replace("@NETNS@", netns)
+            .replace("@PIN_DIR@", &lab.pin_dir.to_string_lossy())
+            .replace("@ADMIN@", &admin.to_string());
+        let file = peers::write(directory, "preflightd.toml", &(config + &policies::native(Size::SMALL)))?;
+        let mut command = Command::new(peers::bin_dir()?.join("preflightd"));
+        command.args(["run", "--config"]).arg(file);
+        let directory = directory.join("preflightd");
+        fs::create_dir_all(&directory)?;
+        let server = Server::spawn(command, admin, &directory, lab.cpus)?;
+        let mut daemon = Self { server, admin };
+        daemon.server.wait(&directory, || {
+            let ready = client::fetch(admin.into(), "/readyz")?;
+            if ready.status == 200 { Ok(()) } else { Err(io::Error::other("it is not ready")) }
+        })?;
+        let steering = daemon.metrics()?.sum("preflightd_steer_state", &[("state", "steering")]);
+        if steering < 1.0 {
+            let log = fs::read_to_string(directory.join("log"))?;
+            return Err(io::Error::other(format!("preflightd does not steer: {}", log.trim())));
+        }
+        Ok(daemon)
+    }
+
+    fn metrics(&self) -> io::Result<Metrics> {
+        let response = client::fetch(self.admin.into(), "/metrics")?;
+        Ok(Metrics::parse(&String::from_utf8_lossy(&response.body)))
+    }
+}
+
+fn start_nginx(
+    netns: &Netns,
+    directory: &Path,
+    cpus: Cpus,
+    address: SocketAddrV4,
+    clients: &Netns,
+    bytes: usize,
+) -> io::Result<Server> {
+    let files = directory.join("files");
+    fs::create_dir_all(&files)?;
+    fs::File::create(files.join(bytes.to_string()))?.set_len(bytes as u64)?;
+    let anywhere = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, address.port());
+    let entry = |origin| format!("        \"{origin}\" $http_origin;");
+    let config = peers::fill(include_str!("../peers/nginx-node.conf"), anywhere, entry, "\n")
+        .replace("@BODY@", &BODY.replace('\n', "\\n"));
+    // Its own user could not read the files.
+    let config = format!("user root;\n{config}");
+    let nginx = peers::nginx(directory, &config)?;
+    let mut command = netns.command(nginx.get_program());
+    command.args(nginx.get_args());
+    let mut server = Server::spawn(command, address, directory, cpus)?;
+    let get = [get()];
+    server.wait(directory, || {
+        clients.enter(|| {
+            load::probe(address, &get)?;
+            bulk::transfer(address, Direction::Down, bytes)?;
+            bulk::transfer(address, Direction::Up, bytes).map(|_| ())
+        })
+    })?;
+    Ok(server)
+}
+
+/// Has the kernel process what comes in by an interface on one CPU, as a network card would that interrupts it (receive
+/// packet steering, kernel: Documentation/networking/scaling.rst); else it is the sender's.
+fn deliver_on(netns: &Netns, interface: &str, cpu: usize) -> io::Result<()> {
+    let file = format!("/sys/class/net/{interface}/queues/rx-0/rps_cpus");
+    // Words of 32 CPUs, the highest first.
+    let mask = format!("{:x}{}", 1_u32 << (cpu % 32), ",00000000".repeat(cpu / 32));
+    // Unlike `Netns::command`, this sees the namespace's own /sys.
+    run(Command::new("ip").args([
+        "netns",
+        "exec",
+        netns.name(),
+        "sh",
+        "-c",
+        &format!("echo {mask} > {file}"),
+    ]))
+}
+
+fn run(command: &mut Command) -> io::Result<()> {
+    let status = command.status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(format!("{command:?}: {status}"))) }
+}
