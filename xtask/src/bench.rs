@@ -24,6 +24,8 @@ pub(crate) enum Name {
     Relay,
     /// What steering costs the traffic that is not its own, and which share of preflights it gets; needs root
     Steer,
+    /// GETs beside a storm of preflights, steered and not; needs root
+    Storm,
     /// Instruction counts, against the limits in benches/instructions.toml
     Instructions,
 }
@@ -54,12 +56,13 @@ pub(crate) fn measure(name: Name, rest: &[String]) -> Result<()> {
         Name::Decide => "bench-decide",
         Name::Relay => "bench-relay",
         Name::Steer => "bench-steer",
+        Name::Storm => "bench-storm",
         Name::Instructions => "bench-instructions",
     };
     let mut bench = sh::cargo();
     bench.arg("run").args(RELEASE).args(["--package=preflightd-benches", "--bin", binary, "--"]).args(rest);
     let mut commands = vec![];
-    if matches!(name, Name::Answer | Name::Relay | Name::Steer) {
+    if matches!(name, Name::Answer | Name::Relay | Name::Steer | Name::Storm) {
         // What they start: preflightd, the floor.
         let mut build = sh::cargo();
         build.arg("build").args(RELEASE).args([
