@@ -1,4 +1,5 @@
-//! Instruction counts that gate: what one decision and one head cost, counted by callgrind, against limits in a file.
+//! Instruction counts that gate: what one decision and one head cost, counted by callgrind, and what the kernel's verifier
+//! goes through for the eBPF programs, against limits in a file.
 //!
 //! Unlike time, a count hardly changes from run to run, so that a loss of a tenth shows on any machine.
 #![forbid(unsafe_code)]
@@ -7,12 +8,12 @@ use clap::{Parser, ValueEnum};
 use preflightd::{
     http::{Head, HeadLimits, HeadReader},
     policy::{Answer, Connection, Decision, Preflight, Table},
+    steer,
 };
 use preflightd_benches::{
     acrh,
     policies::{self, HEADERS, Size},
     report::{self, Figure, Table as Rows},
-    stats::Estimate,
 };
 use serde::Deserialize;
 use std::{
@@ -30,7 +31,8 @@ const ASKED: &[&[u8]] = &[b"authorization,content-type"];
 const DATE: &[u8; 29] = b"Sun, 06 Nov 1994 08:49:37 GMT";
 const LIMITS: HeadLimits = HeadLimits { max_bytes: 8 * 1024 };
 
-/// Instructions of one decision, one head, one answer; fails above the limits in benches/instructions.toml.
+/// Instructions of one decision, one head, one answer, and those that the kernel verifies of each eBPF program (which needs
+/// root); fails above the limits in benches/instructions.toml.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask bench instructions")]
 struct Arguments {
@@ -86,29 +88,44 @@ fn main() -> ExitCode {
     }
 }
 
+/// The file's limits.
+#[derive(Debug, Deserialize)]
+struct Limits {
+    #[serde(flatten)]
+    subjects: BTreeMap<Subject, f64>,
+    /// By program.
+    verified: BTreeMap<String, f64>,
+}
+
 fn run(arguments: &Arguments) -> io::Result<()> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("instructions.toml");
-    let limits: BTreeMap<Subject, f64> = toml::from_str(&fs::read_to_string(&file)?)
+    let limits: Limits = toml::from_str(&fs::read_to_string(&file)?)
         .map_err(|error| io::Error::other(format!("reading benches/instructions.toml: {error}")))?;
+    let without =
+        |what: &str| io::Error::other(format!("benches/instructions.toml has no limit for {what}; add one"));
+    let mut counts = Vec::new();
+    for subject in Subject::ALL {
+        let limit = limits.subjects.get(&subject).ok_or_else(|| without(&format!("{subject:?}")))?;
+        counts.push((subject.name().to_owned(), subject.count()?, *limit));
+    }
+    for (program, count) in verified()? {
+        let limit = limits.verified.get(program).ok_or_else(|| without(&format!("verified.{program}")))?;
+        counts.push((format!("verified_instructions_{program}"), count.into(), *limit));
+    }
     let mut table = Rows::new(["instructions of one", "count", "limit", ""]);
     let (mut figures, mut above) = (Vec::new(), Vec::new());
-    for subject in Subject::ALL {
-        let limit = *limits.get(&subject).ok_or_else(|| {
-            io::Error::other(format!("benches/instructions.toml has no limit for {subject:?}; add one"))
-        })?;
-        let count = subject.count()?;
+    for (name, count, limit) in counts {
         let good = count <= limit;
         if !good {
-            above.push(format!("{} takes {count:.0} instructions, and {limit} are allowed", subject.name()));
+            above.push(format!("{name} takes {count:.0} instructions, and {limit} are allowed"));
         }
         table.row([
-            subject.name().to_owned(),
+            name.clone(),
             format!("{count:.0}"),
             limit.to_string(),
             (if good { "good" } else { "TOO MANY" }).to_owned(),
         ]);
-        let estimate = Estimate { median: count, lower: count, upper: count, count: 1 };
-        figures.push(Figure { name: subject.name().into(), estimate, unit: "instructions", peer: "" });
+        figures.push(Figure { name, estimate: count.into(), unit: "instructions", peer: "" });
     }
     report::print(arguments.json, &figures, &table.markdown());
     if above.is_empty() {
@@ -118,6 +135,19 @@ fn run(arguments: &Arguments) -> io::Result<()> {
         "{}; make them cheaper again, or raise the limit in benches/instructions.toml and say why",
         above.join("; ")
     )))
+}
+
+/// What the kernel verifies of each eBPF program. Without root nothing, and says so; in CI (the variable `CI` is set) that is
+/// an error.
+fn verified() -> io::Result<Vec<(&'static str, u32)>> {
+    if rustix::process::geteuid().is_root() {
+        return steer::verified_instructions().map_err(io::Error::other);
+    }
+    if env::var_os("CI").is_some() {
+        return Err(io::Error::other("loading eBPF programs needs root, and in CI nothing may be skipped"));
+    }
+    eprintln!("skipped: what the kernel verifies of the eBPF programs, which takes root to ask");
+    Ok(Vec::new())
 }
 
 impl Subject {
