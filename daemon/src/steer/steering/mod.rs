@@ -3,47 +3,44 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
-    path::PathBuf,
     sync::mpsc,
-    thread,
     time::{Duration, Instant},
 };
 
-use aya::{
-    Ebpf,
-    programs::{
-        LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
-        links::{FdLink, PinnedLink},
-        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
-    },
-    util::KernelVersion,
-};
+use aya::{Ebpf, util::KernelVersion};
 use preflightd_common::{
     abi::{
-        self, Endpoint, Host, MAX_PORTS, MAX_SERVED, MAX_SOCKETS, Service as AbiService, config_flags, event,
-        host_kind, kind, state, swept,
+        self, Endpoint, Host, MAX_PORTS, MAX_SERVED, MAX_SOCKETS, Service as AbiService, config_flags,
+        host_kind, kind, state,
     },
     preflight::HostHash,
 };
 
 use super::{
     Counts, Error, Marks, firewall,
-    interfaces::{self, Interface},
-    maps::{Maps, Swept, words},
+    interfaces::{Interface, Routes},
+    maps::{Maps, words},
     netns::Netns,
     object::{self, Fitted},
     pins::Pins,
-    self_test::Stage,
     sysctl::Sysctls,
 };
 use crate::{
-    config::{Engage, Firewall, Position, Steer, SteerMode},
+    config::{Engage, Firewall, Steer, SteerMode},
     policy::{HostPattern, ListenerId, PolicySpec},
     worker::listen,
 };
+use look::Attached;
+use measure::{Occupancy, Storm};
+
+mod look;
+mod measure;
+mod play;
+mod report;
+
+pub use report::{PortReport, Report, State};
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -51,24 +48,11 @@ type Result<T> = std::result::Result<T, Error>;
 const KEY_LIFE: Duration = Duration::from_mins(10);
 /// How often interfaces, settings and links are looked at even if nothing was told of them.
 const LOOK: Duration = Duration::from_secs(5);
-/// How often firewall rules are looked at.
-const FIREWALL: Duration = Duration::from_secs(10);
 /// How often entries that nobody goes on with are swept out, in calm and while the map fills up.
 const SWEEP: Duration = Duration::from_secs(10);
 const SWEEP_PRESSED: Duration = Duration::from_secs(1);
-/// Over what time rates are measured.
-const WINDOW: Duration = Duration::from_secs(1);
-/// How long it must be calm until a storm is over.
-const CALM: Duration = Duration::from_secs(10);
-/// What is not ours on a port is judged over this time, from so many connections on.
-const JUDGED: Duration = Duration::from_secs(10);
-const JUDGED_FROM: u64 = 8;
 /// Cookies that each CPU checks in a second while entries are being evicted.
 const COOKIE_BUDGET: u32 = 1000;
-/// The slot, listener and row of the self-test.
-const TEST_SLOT: u32 = MAX_SOCKETS - 1;
-const TEST_LISTENER: u32 = u32::MAX;
-const TEST_ROOM: u32 = 8;
 const TEST_ROW: u32 = MAX_PORTS - 1;
 
 /// A port of the proxy that is steered.
@@ -83,91 +67,6 @@ pub struct Service {
     pub address: SocketAddr,
     /// Further IP addresses by which clients rightly call it.
     pub literals: Vec<IpAddr>,
-}
-
-/// What the programs do at present.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// Nothing is deferred or counted.
-    Off,
-    /// Connections are counted.
-    Observing,
-    /// New connections are deferred.
-    Steering,
-    /// Another daemon, or `preflightd detach`, has taken the programs over.
-    Replaced,
-}
-
-impl State {
-    /// All of them.
-    pub const ALL: [State; 4] = [State::Off, State::Observing, State::Steering, State::Replaced];
-
-    /// The metric label.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            State::Off => "off",
-            State::Observing => "observing",
-            State::Steering => "steering",
-            State::Replaced => "replaced",
-        }
-    }
-}
-
-/// What can be told of steering.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// What is done.
-    pub state: State,
-    /// Why no more than that, or what else is to be known.
-    pub reasons: Vec<String>,
-    /// Interfaces that have the program.
-    pub interfaces: Vec<String>,
-    /// The ports.
-    pub ports: Vec<PortReport>,
-    /// Counters.
-    pub counts: Counts,
-    /// Connections that wait for their first data, about.
-    pub pending: u64,
-    /// So many fit.
-    pub max_pending: u32,
-}
-
-impl Report {
-    /// For people and scripts.
-    pub fn json(&self) -> serde_json::Value {
-        let ports = self.ports.iter().map(|port| {
-            let counts = (0..).zip(kind::NAMES).map(|(slot, name)| {
-                ((*name).to_owned(), serde_json::Value::from(self.counts.port(port.row, slot)))
-            });
-            serde_json::json!({
-                "port": port.port,
-                "listeners": port.listeners,
-                "disengaged": port.disengaged,
-                "connections": counts.collect::<serde_json::Map<_, _>>(),
-            })
-        });
-        serde_json::json!({
-            "state": self.state.as_str(),
-            "reasons": self.reasons,
-            "interfaces": self.interfaces,
-            "ports": ports.collect::<Vec<_>>(),
-            "pending": self.pending,
-            "max_pending": self.max_pending,
-        })
-    }
-}
-
-/// What can be told of a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PortReport {
-    /// The port.
-    pub port: u16,
-    /// Its row of [`Counts::ports`].
-    pub row: u32,
-    /// The listeners' names.
-    pub listeners: Vec<String>,
-    /// Why its connections are not deferred any more.
-    pub disengaged: Option<String>,
 }
 
 /// Everything of one network namespace.
@@ -188,6 +87,7 @@ pub struct Steering {
     sysctls: Sysctls,
     /// All that are known, and those that have the program.
     known: Vec<Interface>,
+    routes: Routes,
     attached: BTreeMap<u32, Attached>,
     program: &'static str,
     engaged: bool,
@@ -216,39 +116,11 @@ struct Row {
     disengaged: Option<String>,
 }
 
-struct Attached {
-    name: String,
-    /// Where the kernel tells of the link; empty: there is no link to look at.
-    info: PathBuf,
-    /// Somebody else took the program off.
-    removed: bool,
-    _link: Option<PinnedLink>,
-}
-
 struct Times {
     key: Instant,
     look: Instant,
     firewall: Instant,
     sweep: Instant,
-}
-
-/// Whether there is a storm.
-#[derive(Debug)]
-struct Storm {
-    on: bool,
-    /// Preflights per second.
-    rate: f64,
-    calm_since: Option<Instant>,
-}
-
-/// How full `PENDING` is, about: evictions are not told.
-#[derive(Debug, Default)]
-struct Occupancy {
-    /// Entries that the last sweep left, and the balance of insertions and removals at that time.
-    swept: u64,
-    balance: i64,
-    now: u64,
-    silent: Vec<u32>,
 }
 
 impl Steering {
@@ -303,6 +175,7 @@ impl Steering {
             config: abi::Config::default(),
             sysctls,
             known: Vec::new(),
+            routes: Routes::default(),
             attached: BTreeMap::new(),
             program,
             engaged: false,
@@ -603,7 +476,9 @@ impl Steering {
                 | flag(sysctls.ecn != 0, config_flags::ECN)
                 | flag(sysctls.ecn > 2, config_flags::ACCURATE_ECN)
                 | flag(pressure, config_flags::PRESSURE)
-                | flag(self.time_wait, config_flags::TIME_WAIT),
+                | flag(self.time_wait, config_flags::TIME_WAIT)
+                | flag(self.routes.sure_v4, config_flags::ROUTES_V4)
+                | flag(self.routes.sure_v6, config_flags::ROUTES_V6),
             percent: self.options.percent,
             key: self.config.key,
             window: u32::from(sysctls.syn_window()),
@@ -686,366 +561,6 @@ impl Steering {
         }
         self.maps.serve(&served)
     }
-
-    /// Looks at interfaces, settings and links, and attaches where the program is missing.
-    fn look(&mut self, first: bool) -> Result<()> {
-        self.times.look = Instant::now();
-        self.known = interfaces::list(&self.netns)?;
-        if let Ok(Ok(sysctls)) = self.netns.enter(Sysctls::read) {
-            self.sysctls = sysctls;
-        }
-        let named = self.options.interfaces.clone();
-        let wanted: Vec<Interface> = if named.is_empty() {
-            interfaces::automatic(&self.known).into_iter().cloned().collect()
-        } else {
-            self.known.iter().filter(|interface| named.contains(&interface.name)).cloned().collect()
-        };
-        for name in &named {
-            let there = self.known.iter().find(|interface| interface.name == *name);
-            let why = match there {
-                Some(interface) if interface.ethernet || interface.loopback => continue,
-                Some(_) => "its frames are not Ethernet's, and the programs would not understand them",
-                None => "there is none",
-            };
-            if first {
-                let remedy = "check steer.interfaces against `ip link`, or leave it out";
-                return Err(Error::new(format!("steer on the interface {name}"), remedy)(why));
-            }
-        }
-        let table = self.known.iter().map(|interface| (interface.index, for_programs(interface))).collect();
-        self.maps.set_interfaces(&table)?;
-        self.attached.retain(|index, attached| {
-            let there = self.known.iter().any(|i| i.index == *index && i.name == attached.name);
-            if !there && let Some(pins) = &self.pins {
-                pins.unpin(*index);
-            }
-            there
-        });
-        for attached in self.attached.values_mut() {
-            attached.removed |= !is_linked(&attached.info);
-        }
-        if self.options.mode == SteerMode::Off && self.attached.is_empty() {
-            return Ok(());
-        }
-        for interface in &wanted {
-            if self.attached.contains_key(&interface.index) {
-                continue;
-            }
-            match self.attach(interface) {
-                Ok(attached) => {
-                    tracing::info!(interface = interface.name, program = self.program, "attached");
-                    self.attached.insert(interface.index, attached);
-                }
-                // One that vanished meanwhile is no reason to give up.
-                Err(error) if first && named.contains(&interface.name) => return Err(error),
-                Err(error) => tracing::warn!(%error, "an interface stays without the program"),
-            }
-        }
-        // What an earlier daemon left elsewhere.
-        if first && let Some(pins) = &self.pins {
-            for index in pins.linked().into_iter().filter(|index| !self.attached.contains_key(index)) {
-                pins.unpin(index);
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts the program on an interface: into the link that an earlier daemon left there, else by a new one.
-    fn attach(&mut self, interface: &Interface) -> Result<Attached> {
-        let name = interface.name.clone();
-        let what = format!("attach to the ingress of {name}");
-        let remedy = "run as root, or with CAP_BPF and CAP_NET_ADMIN";
-        let program: &mut SchedClassifier = object::program(&mut self.ebpf, self.program);
-        let Some(pins) = &self.pins else {
-            let attach = || {
-                match tc::qdisc_add_clsact(&name) {
-                    Ok(()) | Err(TcError::AlreadyAttached) => {}
-                    Err(error) => return Err(Error::new(what.clone(), remedy)(error)),
-                }
-                let options = TcAttachOptions::Netlink(NlOptions::default());
-                program
-                    .attach_with_options(&name, TcAttachType::Ingress, options)
-                    .map_err(Error::new(what.clone(), remedy))?;
-                Ok(())
-            };
-            self.netns.enter(attach)??;
-            return Ok(Attached { name, info: PathBuf::new(), removed: false, _link: None });
-        };
-        let adopted = pins.pinned(interface.index).and_then(|pinned| {
-            let link = SchedClassifierLink::try_from(FdLink::from(pinned)).ok()?;
-            // Refused where the interface is another one than then.
-            let id = program.attach_to_link(link).ok()?;
-            program.take_link(id).ok()
-        });
-        let is_new = adopted.is_none();
-        let link = if let Some(link) = adopted {
-            link
-        } else {
-            let order = match self.options.position {
-                Position::First => LinkOrder::first(),
-                Position::Last => LinkOrder::last(),
-            };
-            let attach = || {
-                program.attach_with_options(&name, TcAttachType::Ingress, TcAttachOptions::TcxOrder(order))
-            };
-            let id = self.netns.enter(attach)?.map_err(Error::new(what.clone(), remedy))?;
-            program.take_link(id).map_err(Error::new(what.clone(), remedy))?
-        };
-        let link = FdLink::try_from(link).map_err(Error::new(what.clone(), remedy))?;
-        let id = link.info().map_err(Error::new(what, remedy))?.id();
-        let info = info_of(id);
-        let link = if is_new { Some(pins.pin(interface.index, link)?) } else { pins.pinned(interface.index) };
-        let info = if is_new { info } else { info_of(id) };
-        Ok(Attached { name, info, removed: false, _link: link })
-    }
-
-    /// Looks at the firewall on a thread of its own; `now`: waits for it.
-    fn look_at_firewall(&mut self, now: bool) -> Result<()> {
-        if self.options.mode != SteerMode::Steer || self.options.firewall == Firewall::Ignore {
-            return Ok(());
-        }
-        let changed = self.looking.is_none() && self.changes.as_ref().is_some_and(firewall::Changes::seen);
-        if now || changed || (self.looking.is_none() && self.times.firewall.elapsed() >= FIREWALL) {
-            self.times.firewall = Instant::now();
-            let (tell, told) = mpsc::channel();
-            let (netns, ports) = (self.netns.clone(), self.rows.keys().copied().collect::<Vec<_>>());
-            let names = self.options.interfaces.clone();
-            let look = move || {
-                let found = match netns.enter(|| {
-                    if names.is_empty() {
-                        firewall::obstacles(&ports)
-                    } else {
-                        firewall::obstacles_at(&ports, &names)
-                    }
-                }) {
-                    Ok(Ok(found)) => Ok(found
-                        .into_iter()
-                        .map(|found| format!("{}: {}; {}", found.place, found.what, found.remedy))
-                        .collect()),
-                    Ok(Err(error)) | Err(error) => Err(error.to_string()),
-                };
-                let _ = tell.send(found);
-            };
-            thread::Builder::new()
-                .name("firewall".into())
-                .spawn(look)
-                .map_err(Error::new("look at the firewall", "allow another thread"))?;
-            self.looking = Some(told);
-        }
-        let Some(looking) = &self.looking else { return Ok(()) };
-        let found = if now {
-            looking.recv().unwrap_or_else(|_| Err("the look at the firewall broke off".into()))
-        } else {
-            match looking.try_recv() {
-                Ok(found) => found,
-                Err(mpsc::TryRecvError::Empty) => return Ok(()),
-                Err(mpsc::TryRecvError::Disconnected) => Err("the look at the firewall broke off".into()),
-            }
-        };
-        self.looking = None;
-        // What cannot be read may hold anything.
-        self.obstacles = found.unwrap_or_else(|error| vec![error]);
-        Ok(())
-    }
-
-    /// One connection each way through the kernel, over loopback.
-    fn self_test(&mut self) -> Result<()> {
-        let failed = |error: std::io::Error| {
-            Error::new("steer a connection of our own over loopback", "see `preflightd probe`")(error)
-        };
-        if !self.known.iter().any(|interface| interface.loopback && interface.up) {
-            return Err(failed(std::io::Error::other("loopback is down (`ip link set lo up`)")));
-        }
-        let families = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
-        let program: &mut SchedClassifier = object::program(&mut self.ebpf, "steer");
-        let attach = || {
-            let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-            program.attach_with_options("lo", TcAttachType::Ingress, order)
-        };
-        let what = "attach to loopback for the self-test";
-        let link = self.netns.enter(attach)?.map_err(Error::new(what, super::PRIVILEGES))?;
-        let mut played = Ok(());
-        let there = |ip: &IpAddr| self.known.iter().any(|interface| interface.addresses.contains(ip));
-        let there: Vec<_> = families.into_iter().filter(there).collect();
-        for address in there {
-            played = self.play(address);
-            if played.is_err() {
-                break;
-            }
-        }
-        let program: &mut SchedClassifier = object::program(&mut self.ebpf, "steer");
-        program.detach(link).map_err(Error::new("detach from loopback", super::PRIVILEGES))?;
-        self.maps.clear_socket(TEST_SLOT);
-        played
-    }
-
-    fn play(&mut self, address: IpAddr) -> Result<()> {
-        let failed = |error: std::io::Error| {
-            Error::new("steer a connection of our own over loopback", "see `preflightd probe`")(error)
-        };
-        let stage = self.netns.enter(|| Stage::open(address))?.map_err(failed)?;
-        let at = stage.address().map_err(failed)?;
-        let before = self.maps.counts(self.rows.len() as u32)?;
-        self.maps.set_socket(TEST_SLOT, &stage.worker)?;
-        let service = AbiService {
-            listener: TEST_LISTENER,
-            row: TEST_ROW,
-            first_socket: TEST_SLOT,
-            sockets: 1,
-            engaged: 1,
-        };
-        // The ports of the services come back with the next `apply`; an earlier daemon's are served all the while.
-        self.maps.add_service(endpoint(at.ip(), at.port()), service)?;
-        self.maps.add_host(Host { hash: 0, listener: TEST_LISTENER, kind: host_kind::ANY })?;
-        let config = abi::Config {
-            state: state::DEFER,
-            percent: 100,
-            window: u32::from(self.sysctls.syn_window()),
-            window_scale: u32::from(self.sysctls.rcv_wscale()),
-            flags: self.config.flags & !config_flags::PRESSURE,
-            room: TEST_ROOM,
-            round: self.config.round.wrapping_add(1),
-            ..self.config
-        };
-        self.maps.set_config(config)?;
-        self.maps.beat(true)?;
-        let played = self.netns.enter(|| stage.play())?.map_err(failed);
-        self.maps.set_config(self.config)?;
-        self.maps.remove_service(endpoint(at.ip(), at.port()))?;
-        self.maps.remove_host(Host { hash: 0, listener: TEST_LISTENER, kind: host_kind::ANY })?;
-        played?;
-        let after = self.maps.counts(self.rows.len() as u32)?;
-        if after.event(event::SynAck) < before.event(event::SynAck) + 2 {
-            let left: Vec<_> = abi::fail_open::NAMES
-                .iter()
-                .zip(after.fail_opens.iter().zip(&before.fail_opens))
-                .filter(|(_, (after, before))| after > before)
-                .map(|(name, _)| *name)
-                .collect();
-            return Err(failed(std::io::Error::other(format!(
-                "it was left to the kernel: {}",
-                left.join(", ")
-            ))));
-        }
-        Ok(())
-    }
-
-    /// The rate of preflights, and what follows from it.
-    fn measure(&mut self, now: Instant) {
-        let (since, before) = self.earlier;
-        let passed = now.duration_since(since);
-        if passed < WINDOW {
-            return;
-        }
-        let count = preflights(&self.counts);
-        #[expect(clippy::cast_precision_loss, reason = "a rate need not be exact")]
-        let rate = count.saturating_sub(before) as f64 / passed.as_secs_f64();
-        self.earlier = (now, count);
-        self.storm.rate = rate;
-        let options = &self.options;
-        if rate > f64::from(options.storm_above) {
-            if !self.storm.on && options.engage == Engage::Storm {
-                tracing::info!(rate, "a storm of preflights: deferring handshakes");
-            }
-            self.storm.on = true;
-            self.storm.calm_since = None;
-        } else if self.storm.on && rate < f64::from(options.storm_below) {
-            let since = *self.storm.calm_since.get_or_insert(now);
-            if now.duration_since(since) >= CALM {
-                if options.engage == Engage::Storm {
-                    tracing::info!(rate, "the storm is over: not a packet is touched");
-                }
-                self.storm.on = false;
-                self.storm.calm_since = None;
-            }
-        } else {
-            self.storm.calm_since = None;
-        }
-    }
-
-    /// Disengages ports whose connections are not for us to defer.
-    fn judge(&mut self, now: Instant) {
-        if now.duration_since(self.judged.0) < JUDGED {
-            return;
-        }
-        let before = std::mem::replace(&mut self.judged, (now, self.counts.clone())).1;
-        for (port, row) in &mut self.rows {
-            if row.disengaged.is_some() {
-                continue;
-            }
-            let count = |kind| self.counts.port(row.row, kind);
-            let new = |kind| count(kind).saturating_sub(before.port(row.row, kind));
-            let spoken = [kind::Preflight, kind::Options, kind::Other].into_iter();
-            let ours: u64 = spoken.clone().map(new).sum();
-            let foreign = [
-                (kind::Tls, "TLS"),
-                (kind::H2c, "HTTP/2 without TLS"),
-                (kind::ProxyProtocol, "the PROXY protocol"),
-                (kind::ServerFirst, "a server that speaks first"),
-            ];
-            let worst = foreign.into_iter().map(|(kind, name)| (new(kind), name)).max().unwrap_or_default();
-            let silent = self.pending.silent.get(row.row as usize).copied().unwrap_or(0);
-            let ever: u64 = spoken.map(count).sum();
-            row.disengaged = if worst.0 >= JUDGED_FROM && worst.0 >= ours {
-                Some(format!("{} of the last {} connections began with {}", worst.0, worst.0 + ours, worst.1))
-            } else if ever == 0 && u64::from(silent) >= JUDGED_FROM {
-                Some(format!("{silent} clients wait for the server to speak first, and none has ever spoken"))
-            } else {
-                None
-            };
-            if let Some(why) = &row.disengaged {
-                tracing::warn!(
-                    port,
-                    why,
-                    "the port is not steered any more: take it out of the configuration, or restart the daemon"
-                );
-            }
-        }
-    }
-
-    /// How full `PENDING` is, 0 to 1.
-    fn fill(&self) -> f64 {
-        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let fill = self.occupied() as f64 / f64::from(self.max_pending.max(1));
-        fill
-    }
-
-    /// Entries that each CPU may make until the next tick: together they leave an eighth free, so that nobody is evicted.
-    fn room(&self) -> u32 {
-        let usable = u64::from(self.max_pending) / 8 * 7;
-        let free = usable.saturating_sub(self.occupied());
-        u32::try_from(free / self.cpus.max(1)).unwrap_or(u32::MAX)
-    }
-
-    fn occupied(&self) -> u64 {
-        let since = self.balance() - self.pending.balance;
-        self.pending.swept.saturating_add_signed(since).min(u64::from(self.max_pending))
-    }
-
-    /// Insertions less removals.
-    fn balance(&self) -> i64 {
-        self.counts.event(event::Inserted).cast_signed() - self.counts.event(event::Removed).cast_signed()
-    }
-
-    fn sweep(&mut self) -> Result<()> {
-        self.maps.prepare_sweep()?;
-        let program: &mut SchedClassifier = object::program(&mut self.ebpf, "sweep_pending");
-        // The least that counts as a frame.
-        let frame = [0; 14];
-        let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
-        program
-            .test_run(options)
-            .map_err(Error::new("sweep the map of waiting connections", super::PRIVILEGES))?;
-        let Swept { slots, silent } = self.maps.swept()?;
-        let all = [swept::Observed, swept::Deferred, swept::Acknowledged, swept::Given];
-        self.pending = Occupancy {
-            swept: all.iter().map(|slot| u64::from(slots[*slot as usize])).sum(),
-            balance: self.balance(),
-            now: u64::from(slots[swept::Deferred as usize]) + u64::from(slots[swept::Acknowledged as usize]),
-            silent,
-        };
-        Ok(())
-    }
 }
 
 impl std::fmt::Debug for Steering {
@@ -1068,18 +583,6 @@ fn rows(services: &[Service]) -> Result<BTreeMap<u16, Row>> {
 
 fn endpoint(address: IpAddr, port: u16) -> Endpoint {
     Endpoint { address: words(address), port: port.to_be(), zero: 0 }
-}
-
-/// What the programs must know of an interface.
-fn for_programs(interface: &Interface) -> abi::Interface {
-    // Lengths of an IP and a TCP header without options.
-    let mss = |headers: u32| u16::try_from(interface.mtu.saturating_sub(headers)).unwrap_or(u16::MAX);
-    abi::Interface {
-        mss_v4: mss(40).max(536),
-        mss_v6: mss(60).max(1220),
-        symmetric_v4: u16::from(interface.symmetric_v4 || interface.loopback),
-        symmetric_v6: u16::from(interface.symmetric_v6 || interface.loopback),
-    }
 }
 
 /// The hosts of policies by listener.
@@ -1147,23 +650,5 @@ impl FromRandom for [u64; 2] {
     fn from_random(bytes: [u8; 16]) -> Self {
         let number = u128::from_ne_bytes(bytes);
         [number as u64, (number >> 64) as u64]
-    }
-}
-
-/// The file in which the kernel tells of our descriptor of a TCX link (`tcx_link_fdinfo`, net/../bpf/tcx.c).
-fn info_of(link: u32) -> PathBuf {
-    let wanted = format!("link_id:\t{link}\n");
-    let entries = fs::read_dir("/proc/self/fdinfo").into_iter().flatten().flatten();
-    let found = entries.map(|entry| entry.path()).find(|path| {
-        fs::read_to_string(path).is_ok_and(|text| text.contains("link_type:\ttcx") && text.contains(&wanted))
-    });
-    found.unwrap_or_default()
-}
-
-/// Whether a link still hangs on its interface. What cannot be read is taken for well.
-fn is_linked(info: &std::path::Path) -> bool {
-    match fs::read_to_string(info) {
-        Ok(text) => !text.lines().any(|line| line == "ifindex:\t0"),
-        Err(_) => true,
     }
 }

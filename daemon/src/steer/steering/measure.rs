@@ -1,0 +1,156 @@
+//! What follows from the counters: storms, ports that are not ours, how full the map is.
+
+use std::time::{Duration, Instant};
+
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use preflightd_common::abi::{event, kind, swept};
+
+use super::{
+    super::{Error, PRIVILEGES, maps::Swept, object},
+    Result, Steering, preflights,
+};
+use crate::config::Engage;
+
+/// Over what time rates are measured.
+const WINDOW: Duration = Duration::from_secs(1);
+/// How long it must be calm until a storm is over.
+const CALM: Duration = Duration::from_secs(10);
+/// What is not ours on a port is judged over this time, from so many connections on.
+const JUDGED: Duration = Duration::from_secs(10);
+const JUDGED_FROM: u64 = 8;
+
+/// Whether there is a storm.
+#[derive(Debug)]
+pub(super) struct Storm {
+    pub(super) on: bool,
+    /// Preflights per second.
+    pub(super) rate: f64,
+    pub(super) calm_since: Option<Instant>,
+}
+
+/// How full `PENDING` is, about: evictions are not told.
+#[derive(Debug, Default)]
+pub(super) struct Occupancy {
+    /// Entries that the last sweep left, and the balance of insertions and removals at that time.
+    pub(super) swept: u64,
+    pub(super) balance: i64,
+    pub(super) now: u64,
+    pub(super) silent: Vec<u32>,
+}
+
+impl Steering {
+    /// The rate of preflights, and what follows from it.
+    pub(super) fn measure(&mut self, now: Instant) {
+        let (since, before) = self.earlier;
+        let passed = now.duration_since(since);
+        if passed < WINDOW {
+            return;
+        }
+        let count = preflights(&self.counts);
+        #[expect(clippy::cast_precision_loss, reason = "a rate need not be exact")]
+        let rate = count.saturating_sub(before) as f64 / passed.as_secs_f64();
+        self.earlier = (now, count);
+        self.storm.rate = rate;
+        let options = &self.options;
+        if rate > f64::from(options.storm_above) {
+            if !self.storm.on && options.engage == Engage::Storm {
+                tracing::info!(rate, "a storm of preflights: deferring handshakes");
+            }
+            self.storm.on = true;
+            self.storm.calm_since = None;
+        } else if self.storm.on && rate < f64::from(options.storm_below) {
+            let since = *self.storm.calm_since.get_or_insert(now);
+            if now.duration_since(since) >= CALM {
+                if options.engage == Engage::Storm {
+                    tracing::info!(rate, "the storm is over: not a packet is touched");
+                }
+                self.storm.on = false;
+                self.storm.calm_since = None;
+            }
+        } else {
+            self.storm.calm_since = None;
+        }
+    }
+
+    /// Disengages ports whose connections are not for us to defer.
+    pub(super) fn judge(&mut self, now: Instant) {
+        if now.duration_since(self.judged.0) < JUDGED {
+            return;
+        }
+        let before = std::mem::replace(&mut self.judged, (now, self.counts.clone())).1;
+        for (port, row) in &mut self.rows {
+            if row.disengaged.is_some() {
+                continue;
+            }
+            let count = |kind| self.counts.port(row.row, kind);
+            let new = |kind| count(kind).saturating_sub(before.port(row.row, kind));
+            let spoken = [kind::Preflight, kind::Options, kind::Other].into_iter();
+            let ours: u64 = spoken.clone().map(new).sum();
+            let foreign = [
+                (kind::Tls, "TLS"),
+                (kind::H2c, "HTTP/2 without TLS"),
+                (kind::ProxyProtocol, "the PROXY protocol"),
+                (kind::ServerFirst, "a server that speaks first"),
+            ];
+            let worst = foreign.into_iter().map(|(kind, name)| (new(kind), name)).max().unwrap_or_default();
+            let silent = self.pending.silent.get(row.row as usize).copied().unwrap_or(0);
+            let ever: u64 = spoken.map(count).sum();
+            row.disengaged = if worst.0 >= JUDGED_FROM && worst.0 >= ours {
+                Some(format!("{} of the last {} connections began with {}", worst.0, worst.0 + ours, worst.1))
+            } else if ever == 0 && u64::from(silent) >= JUDGED_FROM {
+                Some(format!("{silent} clients wait for the server to speak first, and none has ever spoken"))
+            } else {
+                None
+            };
+            if let Some(why) = &row.disengaged {
+                tracing::warn!(
+                    port,
+                    why,
+                    "the port is not steered any more: take it out of the configuration, or restart the daemon"
+                );
+            }
+        }
+    }
+
+    /// How full `PENDING` is, 0 to 1.
+    pub(super) fn fill(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let fill = self.occupied() as f64 / f64::from(self.max_pending.max(1));
+        fill
+    }
+
+    /// Entries that each CPU may make until the next tick: together they leave an eighth free, so that nobody is evicted.
+    pub(super) fn room(&self) -> u32 {
+        let usable = u64::from(self.max_pending) / 8 * 7;
+        let free = usable.saturating_sub(self.occupied());
+        u32::try_from(free / self.cpus.max(1)).unwrap_or(u32::MAX)
+    }
+
+    pub(super) fn occupied(&self) -> u64 {
+        let since = self.balance() - self.pending.balance;
+        self.pending.swept.saturating_add_signed(since).min(u64::from(self.max_pending))
+    }
+
+    /// Insertions less removals.
+    pub(super) fn balance(&self) -> i64 {
+        self.counts.event(event::Inserted).cast_signed() - self.counts.event(event::Removed).cast_signed()
+    }
+
+    pub(super) fn sweep(&mut self) -> Result<()> {
+        self.maps.prepare_sweep()?;
+        let program: &mut SchedClassifier = object::program(&mut self.ebpf, "sweep_pending");
+        // The least that counts as a frame.
+        let frame = [0; 14];
+        let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
+        program.test_run(options).map_err(Error::new("sweep the map of waiting connections", PRIVILEGES))?;
+        let Swept { slots, silent } = self.maps.swept()?;
+        let all = [swept::Observed, swept::Deferred, swept::Acknowledged, swept::Given];
+        self.pending = Occupancy {
+            swept: all.iter().map(|slot| u64::from(slots[*slot as usize])).sum(),
+            balance: self.balance(),
+            now: u64::from(slots[swept::Deferred as usize]) + u64::from(slots[swept::Acknowledged as usize]),
+            silent,
+        };
+        Ok(())
+    }
+}
