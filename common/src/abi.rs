@@ -101,8 +101,8 @@ pub struct Config {
     pub room: u32,
     /// Changes each time that the daemon has counted.
     pub round: u32,
-    /// Who wrote this: a daemon that finds another number has been replaced.
-    pub owner: u32,
+    /// Zero.
+    pub zero: u32,
 }
 
 /// Bits of [`Config::flags`].

@@ -28,6 +28,11 @@ static PORTS: Array<u64> = Array::with_max_entries(1024, 0);
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 
+/// The number of the daemon in charge, 0: none. User space's alone: a daemon that finds another number than its own has
+/// been replaced.
+#[map]
+static OWNER: Array<u32> = Array::with_max_entries(1, 0);
+
 /// Nanoseconds of `CLOCK_MONOTONIC` when the daemon was last well.
 #[map]
 static HEARTBEAT: Array<u64> = Array::with_max_entries(1, 0);

@@ -33,6 +33,7 @@ const MARKED: Duration = Duration::from_mins(1);
 pub(super) struct Maps {
     ports: Array<MapData, u64>,
     config: Array<MapData, Config>,
+    owner: Array<MapData, u32>,
     heartbeat: Array<MapData, u64>,
     keys: Array<MapData, [u64; 2]>,
     served: HashMap<MapData, Endpoint, Service>,
@@ -54,6 +55,7 @@ impl Maps {
             Ok(Self {
                 ports: of("PORTS").try_into()?,
                 config: of("CONFIG").try_into()?,
+                owner: of("OWNER").try_into()?,
                 heartbeat: of("HEARTBEAT").try_into()?,
                 keys: of("KEYS").try_into()?,
                 served: of("SERVED").try_into()?,
@@ -77,6 +79,15 @@ impl Maps {
 
     pub(super) fn set_config(&mut self, config: Config) -> Result<()> {
         self.config.set(0, config, 0).map_err(failed("write CONFIG"))
+    }
+
+    /// The number of the daemon in charge; 0: none.
+    pub(super) fn owner(&self) -> Result<u32> {
+        self.owner.get(&0, 0).map_err(failed("read OWNER"))
+    }
+
+    pub(super) fn set_owner(&mut self, number: u32) -> Result<()> {
+        self.owner.set(0, number, 0).map_err(failed("write OWNER"))
     }
 
     /// Tells the programs that the daemon is well; `false`: that it is not any more.

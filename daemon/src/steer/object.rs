@@ -89,6 +89,7 @@ pub(super) fn load(pins: Option<&Path>, pending: u32) -> Result<Fitted, Error> {
 pub(super) const PINNED: &[&str] = &[
     "PORTS",
     "CONFIG",
+    "OWNER",
     "HEARTBEAT",
     "KEYS",
     "SERVED",

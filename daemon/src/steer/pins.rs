@@ -146,13 +146,18 @@ fn stop_deferring(directory: &Path) {
     if !is_of_this_version(directory) {
         return;
     }
-    let map = MapData::from_pin(directory.join("CONFIG")).map(Map::Array);
-    if let Ok(map) = map
+    let open = |name: &str| MapData::from_pin(directory.join(name)).map(Map::Array);
+    // A daemon that runs sees that it has been put out.
+    if let Ok(map) = open("OWNER")
+        && let Ok(mut owner) = Array::<_, u32>::try_from(map)
+    {
+        let _ = owner.set(0, 0, 0);
+    }
+    if let Ok(map) = open("CONFIG")
         && let Ok(mut config) = Array::<_, Config>::try_from(map)
         && let Ok(old) = config.get(&0, 0)
     {
-        // Without an owner: a daemon that runs sees that it has been put out.
-        let _ = config.set(0, Config { state: state::OFF, owner: 0, ..old }, 0);
+        let _ = config.set(0, Config { state: state::OFF, ..old }, 0);
     }
 }
 
@@ -172,6 +177,8 @@ fn wait_for_handshakes(directory: &Path, until: Instant) -> usize {
             return all.len();
         }
         std::thread::sleep(Duration::from_millis(50));
+        // A daemon may have written once more.
+        stop_deferring(directory);
     }
 }
 

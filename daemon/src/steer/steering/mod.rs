@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
     sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -48,6 +49,8 @@ type Result<T> = std::result::Result<T, Error>;
 const KEY_LIFE: Duration = Duration::from_mins(10);
 /// How often interfaces, settings and links are looked at even if nothing was told of them.
 const LOOK: Duration = Duration::from_secs(5);
+/// In this time a daemon that runs sees that it is replaced: more than a tick.
+const TAKE_OVER: Duration = Duration::from_millis(300);
 /// How often entries that nobody goes on with are swept out, in calm and while the map fills up.
 const SWEEP: Duration = Duration::from_secs(10);
 const SWEEP_PRESSED: Duration = Duration::from_secs(1);
@@ -240,19 +243,24 @@ impl Steering {
     /// # Errors
     /// The kernel refuses a map or the program; a named interface does not exist.
     pub fn engage(&mut self, policies: &[PolicySpec]) -> Result<()> {
-        let earlier = self.maps.config()?;
+        let (earlier, predecessor) = (self.maps.config()?, self.maps.owner()?);
         self.owner = loop {
             let number: u32 = random()?;
-            if number != 0 && number != earlier.owner {
+            if number != 0 && number != predecessor {
                 break number;
             }
         };
+        // From its next tick on the earlier daemon keeps its hands off; what it writes until then is written again here.
+        self.maps.set_owner(self.owner)?;
+        if predecessor != 0 {
+            thread::sleep(TAKE_OVER);
+        }
         // An earlier daemon's key stays good; ours is new.
         let key = 1 - (earlier.key & 1);
         self.maps.set_key(key, random()?)?;
-        self.config = abi::Config { owner: self.owner, key, ..earlier };
+        self.config = abi::Config { key, ..earlier };
         for row in self.rows.values() {
-            if earlier.owner == 0 {
+            if predecessor == 0 {
                 self.maps.clear_row(row.row)?;
             }
         }
@@ -302,7 +310,7 @@ impl Steering {
         if self.replaced || !self.engaged {
             return Ok(());
         }
-        if self.maps.config()?.owner != self.owner {
+        if self.maps.owner()? != self.owner {
             self.replaced = true;
             self.attached.clear();
             self.tell();
@@ -356,7 +364,7 @@ impl Steering {
     /// Lets go: nothing new is deferred, and no worker gets another connection. What was begun is finished by the
     /// programs, which stay where they are.
     pub fn release(&mut self) {
-        let ours = self.maps.config().is_ok_and(|config| config.owner == self.owner);
+        let ours = self.maps.owner().is_ok_and(|owner| owner == self.owner);
         if self.replaced || !self.engaged || !ours {
             return;
         }
@@ -486,7 +494,7 @@ impl Steering {
             cookie_budget: COOKIE_BUDGET,
             room: self.room(),
             round: self.config.round.wrapping_add(1),
-            owner: self.owner,
+            zero: 0,
         };
         self.config = config;
         self.maps.set_config(config)?;
