@@ -270,6 +270,8 @@ slots! {
         SynAgain = "syn_again",
         /// Of these: to a SYN whose addresses and ports were in TIME_WAIT.
         TimeWaitReused = "time_wait_reused",
+        /// Acknowledgements sent to a SYN for a connection that waits already (RFC 9293 §3.10.7.4).
+        Challenge = "challenge",
         /// Acknowledgements of a SYN-ACK, dropped: the connection waits for its first data.
         Ack = "ack",
         /// TCP keepalives of clients that have not spoken yet, answered.
@@ -288,6 +290,8 @@ slots! {
         WorkerGone = "worker_gone",
         /// A preflight for a worker with a full accept queue: given to the proxy.
         WorkerFull = "worker_full",
+        /// The proxy's accept queue is full: the segment is dropped, as the kernel does.
+        ProxyFull = "proxy_full",
         /// A preflight that a worker had to turn away before: given to the proxy.
         Marked = "marked",
         /// Connections whose entry was evicted, accepted by their cookie.

@@ -24,8 +24,8 @@ use crate::{
 
 /// The least MSS with which the kernel makes connections from a cookie (`bpf_sk_assign_tcp_reqsk`).
 const LEAST_MSS: [u16; 2] = [1220, 536];
-/// `PACKET_HOST`: the frame is addressed to this machine.
-const PACKET_HOST: u32 = 0;
+/// The loopback interface of every namespace.
+const LOOPBACK: u32 = 1;
 const SHOT: i32 = TC_ACT_SHOT;
 
 /// Leaves a new connection to the kernel.
@@ -48,12 +48,28 @@ pub(crate) fn fragmented_syn() -> i32 {
 #[inline(always)]
 pub(crate) fn syn(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
     let (Some(config), Some(service)) = (maps::config(), maps::service(&packet.flow)) else { return NEXT };
+    let now = maps::now();
+    if let Some(pending) = maps::PENDING.get_ptr_mut(packet.flow)
+        && deferring
+    {
+        // SAFETY: as in `verdict::segment`.
+        let pending = unsafe { &mut *pending };
+        let again = pending.client_isn == packet.seq;
+        match pending.stage {
+            // Whatever has changed since: an earlier answer may have told its number already.
+            stage::DEFERRED | stage::ACKNOWLEDGED if again => {
+                return answer_again(skb, packet, config, pending, now);
+            }
+            // Anybody can send a SYN with these addresses: who is there says so by a reset (RFC 9293 §3.10.7.4).
+            stage::ACKNOWLEDGED => return challenge(skb, packet, config, pending),
+            _ => {}
+        }
+    }
     if config.state == state::OFF {
         return NEXT;
     }
     maps::count(event::Syn);
     maps::count_port(service.row, kind::Syn);
-    let now = maps::now();
     if !deferring || config.state == state::OBSERVE {
         if maps::take_room(config) {
             observe(packet, service, now);
@@ -73,7 +89,9 @@ fn observe(packet: &Packet, service: &Service, now: u64) {
         row: service.row as u16,
         ..Pending::default()
     };
-    if maps::PENDING.insert(packet.flow, pending, 0).is_ok() {
+    // Not in place of one that waits.
+    const NEW_ONLY: u64 = 1; // BPF_NOEXIST
+    if maps::PENDING.insert(packet.flow, pending, NEW_ONLY).is_ok() {
         maps::count(event::Inserted);
     }
 }
@@ -88,9 +106,9 @@ fn defer(skb: *mut __sk_buff, packet: &Packet, config: &Config, service: &Servic
         return leave(fail_open::Disengaged);
     }
     // SAFETY: the context.
-    let (index, addressed) = unsafe { ((*skb).ifindex, (*skb).pkt_type) };
-    if addressed != PACKET_HOST {
-        return NEXT;
+    let index = unsafe { (*skb).ifindex };
+    if index != LOOPBACK && is_martian(packet) {
+        return leave(fail_open::Route);
     }
     if config.flags & config_flags::PRESSURE != 0 {
         return leave(fail_open::Pressure);
@@ -153,24 +171,11 @@ fn answer_syn(
     let agreed = agree(packet, config, &asked.options);
     let key = maps::key(config.key);
     let (scale, mss) = (asked.options.scale, asked.mss);
-    let (fresh, clock_offset) = cookie::make(key, &packet.flow, packet.seq, now, mss, scale, agreed);
+    let (server_isn, clock_offset) = cookie::make(key, &packet.flow, packet.seq, now, mss, scale, agreed);
     let tick = (now >> TICK_SHIFT) as u32;
-    // A SYN that was sent again must get the number that an earlier answer may have told already.
-    let earlier = match maps::PENDING.get_ptr(packet.flow) {
-        // SAFETY: an entry that another CPU replaces meanwhile is of another connection attempt.
-        Some(pending) => unsafe {
-            if (*pending).stage == stage::DEFERRED && (*pending).client_isn == packet.seq {
-                Some((*pending).server_isn)
-            } else {
-                None
-            }
-        },
-        None => None,
-    };
-    if earlier.is_none() && !maps::take_room(config) {
+    if !maps::take_room(config) {
         return leave(fail_open::Pressure);
     }
-    let server_isn = earlier.unwrap_or(fresh);
     let pending = Pending {
         client_isn: packet.seq,
         server_isn,
@@ -185,41 +190,104 @@ fn answer_syn(
     if maps::PENDING.insert(packet.flow, pending, 0).is_err() {
         return leave(fail_open::Insert);
     }
-    if earlier.is_none() {
-        maps::count(event::Inserted);
-    } else {
-        maps::count(event::SynAgain);
-    }
+    maps::count(event::Inserted);
     if asked.reuse && !end_time_wait(skb, packet) {
         forget(packet);
         return leave(fail_open::TimeWait);
     }
-    let ecn = if agreed & options::ECN == 0 { 0 } else { flags::ECE };
-    let reply = Reply {
-        seq: server_isn,
-        ack: packet.seq.wrapping_add(1),
-        flags: flags::SYN | flags::ACK | ecn,
-        window: config.window as u16,
-        mss: if packet.v4 { interface.mss_v4 } else { interface.mss_v6 },
-        scale: config.window_scale as u8,
-        options: agreed,
-        ts_value: tick.wrapping_add(clock_offset),
-        ts_echo: asked.options.ts_value,
-    };
+    let ts_value = tick.wrapping_add(clock_offset);
+    let reply = syn_ack(packet, config, interface, &pending, ts_value, asked.options.ts_value);
     match send(skb, packet, &reply) {
-        Sent::Yes(verdict) => {
+        sent::UNTOUCHED => {
+            forget(packet);
+            leave(fail_open::Reply)
+        }
+        // The client sends its SYN again.
+        sent::BROKEN => SHOT,
+        verdict => {
             maps::count(event::SynAck);
             if asked.reuse {
                 maps::count(event::TimeWaitReused);
             }
             verdict
         }
-        Sent::Untouched => {
-            forget(packet);
-            leave(fail_open::Reply)
+    }
+}
+
+#[inline(always)]
+fn syn_ack(
+    packet: &Packet,
+    config: &Config,
+    interface: &Interface,
+    pending: &Pending,
+    ts_value: u32,
+    ts_echo: u32,
+) -> Reply {
+    let ecn = if pending.options & options::ECN == 0 { 0 } else { flags::ECE };
+    Reply {
+        seq: pending.server_isn,
+        ack: packet.seq.wrapping_add(1),
+        flags: flags::SYN | flags::ACK | ecn,
+        window: config.window as u16,
+        mss: if packet.v4 { interface.mss_v4 } else { interface.mss_v6 },
+        scale: pending.server_scale,
+        options: pending.options,
+        ts_value,
+        ts_echo,
+    }
+}
+
+/// A SYN that was sent again: the same SYN-ACK again.
+#[inline(always)]
+fn answer_again(
+    skb: *mut __sk_buff,
+    packet: &Packet,
+    config: &Config,
+    pending: &mut Pending,
+    now: u64,
+) -> i32 {
+    // SAFETY: the context.
+    let index = unsafe { (*skb).ifindex };
+    let (Some(interface), Some(asked)) = (maps::interface(index), packet.options(skb)) else { return SHOT };
+    if !packet.plain {
+        return SHOT;
+    }
+    let (mss, scale) = (pending.mss, pending.client_scale);
+    let key = maps::key(config.key);
+    let (_, clock_offset) = cookie::make(key, &packet.flow, packet.seq, now, mss, scale, pending.options);
+    let tick = (now >> TICK_SHIFT) as u32;
+    pending.touched = tick;
+    let reply = syn_ack(packet, config, interface, pending, tick.wrapping_add(clock_offset), asked.ts_value);
+    match send(skb, packet, &reply) {
+        sent::UNTOUCHED | sent::BROKEN => SHOT,
+        verdict => {
+            maps::count(event::SynAck);
+            maps::count(event::SynAgain);
+            verdict
         }
-        // The client sends its SYN again.
-        Sent::Broken => SHOT,
+    }
+}
+
+/// Answers a SYN for a connection that waits already by an acknowledgement: a client that has begun anew resets the old
+/// one.
+#[inline(always)]
+fn challenge(skb: *mut __sk_buff, packet: &Packet, config: &Config, pending: &Pending) -> i32 {
+    if !packet.plain {
+        return SHOT;
+    }
+    let reply = Reply {
+        seq: pending.server_isn.wrapping_add(1),
+        ack: pending.client_isn.wrapping_add(1),
+        flags: flags::ACK,
+        window: (config.window >> (pending.server_scale & 15)) as u16,
+        ..Reply::default()
+    };
+    match send(skb, packet, &reply) {
+        sent::UNTOUCHED | sent::BROKEN => SHOT,
+        verdict => {
+            maps::count(event::Challenge);
+            verdict
+        }
     }
 }
 
@@ -252,6 +320,25 @@ fn agree(packet: &Packet, config: &Config, asked: &Options) -> u8 {
     agreed
 }
 
+/// Whether a packet from outside cannot be honest: from nowhere, loopback or many (RFC 1812 §5.3.7, RFC 4291 §2.5), from
+/// the address that it goes to, or to loopback.
+#[inline(always)]
+fn is_martian(packet: &Packet) -> bool {
+    let (client, server) = (&packet.flow.client, &packet.flow.server);
+    if client[0] == server[0] && client[1] == server[1] && client[2] == server[2] && client[3] == server[3] {
+        return true;
+    }
+    if packet.v4 {
+        let [from, ..] = client[3].to_ne_bytes();
+        let [to, ..] = server[3].to_ne_bytes();
+        return from == 0 || from == 127 || from >= 224 || to == 127;
+    }
+    let [from, ..] = client[0].to_ne_bytes();
+    // `::`, `::1`, and what else no host has.
+    let low = |address: &[u32; 4]| address[0] == 0 && address[1] == 0 && address[2] == 0;
+    from == 0xff || low(client) || low(server)
+}
+
 /// A number below 100 for a connection; the same for each of its SYNs.
 #[inline(always)]
 fn share(packet: &Packet) -> u32 {
@@ -271,7 +358,6 @@ fn leaves_by(
 ) -> bool {
     const AF_INET: u8 = 2;
     const AF_INET6: u8 = 10;
-    const LOOPBACK: u32 = 1;
     const SKIP_NEIGHBOUR: u32 = 4;
     const SUCCESS: i64 = 0;
     let symmetric = if packet.v4 { interface.symmetric_v4 } else { interface.symmetric_v6 };
@@ -354,37 +440,39 @@ pub(crate) fn keepalive(skb: *mut __sk_buff, packet: &Packet, pending: &Pending,
         ..Reply::default()
     };
     match send(skb, packet, &reply) {
-        Sent::Yes(verdict) => {
+        sent::UNTOUCHED | sent::BROKEN => SHOT,
+        verdict => {
             maps::count(event::Keepalive);
             verdict
         }
-        Sent::Untouched | Sent::Broken => SHOT,
     }
 }
 
-enum Sent {
-    /// With this verdict.
-    Yes(i32),
+/// What came of sending a reply: the program's verdict, or one of these. No `enum` with values: a function that is
+/// called, not copied in, returns one number.
+mod sent {
     /// No: the packet is as it was.
-    Untouched,
+    pub(super) const UNTOUCHED: i32 = -100;
     /// No: the packet is spoilt.
-    Broken,
+    pub(super) const BROKEN: i32 = -101;
 }
 
 /// Turns the packet round: the reply takes its place, and leaves by the interface that it came in by.
 ///
 /// The checksum is changed by what changes, by helpers that know whether the packet has a whole one or only that of the
 /// pseudo-header (`CHECKSUM_PARTIAL`, as on veth and virtio).
-#[inline(always)]
-fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> Sent {
-    let Some(scratch) = maps::scratch() else { return Sent::Untouched };
+///
+/// Called, not copied in: four times is too much for the verifier.
+#[inline(never)]
+fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> i32 {
+    let Some(scratch) = maps::scratch() else { return sent::UNTOUCHED };
     // The old header with a keepalive's byte of data, if any. Sums do not mind the zeros behind.
     scratch.old = [0; 16];
     let old_length = packet.header + packet.data;
     let bounded = old_length & 63;
     if bounded != old_length || bounded < 20 || !packet::load_part(skb, packet.tcp, &mut scratch.old, bounded)
     {
-        return Sent::Untouched;
+        return sent::UNTOUCHED;
     }
     let [high, low, ..] = scratch.old[4].to_ne_bytes();
     let checksum = u16::from_ne_bytes([high, low]);
@@ -395,14 +483,14 @@ fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> Sent {
     let difference =
         unsafe { bpf_csum_diff((&raw mut scratch.old).cast(), 64, (&raw mut scratch.new).cast(), 64, 0) };
     if difference < 0 {
-        return Sent::Untouched;
+        return sent::UNTOUCHED;
     }
     let [high, low] = checksum.to_ne_bytes();
     scratch.new[4] = u32::from_ne_bytes([high, low, 0, 0]);
 
     let mut addresses = [0_u8; 12];
     if !packet::load(skb, 0, &mut addresses) {
-        return Sent::Untouched;
+        return sent::UNTOUCHED;
     }
     let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = addresses;
     let swapped = [s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5];
@@ -411,7 +499,7 @@ fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> Sent {
     // SAFETY: the context, and helpers that check their bounds.
     unsafe {
         if (*skb).len != length && bpf_skb_change_tail(skb, length, 0) != 0 {
-            return Sent::Untouched;
+            return sent::UNTOUCHED;
         }
         let mut written = bpf_skb_store_bytes(skb, 0, swapped.as_ptr().cast(), 12, 0);
         if packet.v4 {
@@ -423,7 +511,7 @@ fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> Sent {
         }
         let bounded = new_length & 63;
         if bounded < 20 {
-            return Sent::Broken;
+            return sent::BROKEN;
         }
         written |= bpf_skb_store_bytes(skb, packet.tcp, (&raw const scratch.new).cast(), bounded, 0);
         let at = packet.tcp + 16;
@@ -434,8 +522,8 @@ fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> Sent {
             written |= bpf_l4_csum_replace(skb, at, old, new, u64::from(BPF_F_PSEUDO_HDR) | 2);
         }
         if written != 0 {
-            return Sent::Broken;
+            return sent::BROKEN;
         }
-        Sent::Yes(bpf_redirect((*skb).ifindex, 0) as i32)
+        bpf_redirect((*skb).ifindex, 0) as i32
     }
 }

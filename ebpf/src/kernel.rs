@@ -138,6 +138,10 @@ field!(
     tw_rcv_nxt: tcp_timewait_sock, "u32", "0x7a05"
 );
 field!(
+    /// `tcp_timewait_sock.tw_ts_recent_stamp`: 0 if the connection had no timestamps.
+    tw_ts_recent_stamp: tcp_timewait_sock, "u32", "0x7a07"
+);
+field!(
     /// `tcp_timewait_sock.tw_ts_recent`.
     tw_ts_recent: tcp_timewait_sock, "u32", "0x7a06"
 );

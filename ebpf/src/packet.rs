@@ -18,6 +18,8 @@ const IPV4: usize = 20;
 const IPV6: usize = 40;
 const TCP: usize = 20;
 const IPPROTO_TCP: u8 = 6;
+/// The frame is addressed to this machine, and to it alone.
+const PACKET_HOST: u32 = 0;
 /// No `Option`, for the same reason as with [`Frame`].
 const TO_THE_END: u32 = u32::MAX;
 
@@ -58,8 +60,9 @@ pub(crate) enum Frame {
 #[inline(always)]
 pub(crate) fn read(skb: *mut __sk_buff, packet: &mut Packet) -> Frame {
     // SAFETY: the context.
-    let (ethertype, tagged, tag) = unsafe { ((*skb).protocol as u16, (*skb).vlan_present, (*skb).vlan_tci) };
-    if tagged != 0 && tag & 0xfff != 0 {
+    let (ethertype, tagged, tag, addressed) =
+        unsafe { ((*skb).protocol as u16, (*skb).vlan_present, (*skb).vlan_tci, (*skb).pkt_type) };
+    if (tagged != 0 && tag & 0xfff != 0) || addressed != PACKET_HOST {
         return Frame::Other;
     }
     if ethertype == ETHERTYPE_IPV4.to_be() {
@@ -140,6 +143,11 @@ fn read_ipv6(skb: *mut __sk_buff, packet: &mut Packet) -> Frame {
     }
     packet.flow.client = [word(8), word(12), word(16), word(20)];
     packet.flow.server = [word(24), word(28), word(32), word(36)];
+    let mapped = |address: &[u32; 4]| address[0] == 0 && address[1] == 0 && address[2] == 0xffff_u32.to_be();
+    if mapped(&packet.flow.client) || mapped(&packet.flow.server) {
+        // Addresses of IPv4 have no business on a wire (RFC 4291 §2.5.5.2), and the kernel drops them.
+        return Frame::Other;
+    }
     let payload = u32::from(u16::from_be(half(4)));
     // Zero in jumbograms, as above.
     let length = if payload == 0 { TO_THE_END } else { payload };

@@ -109,7 +109,8 @@ unsafe fn gives_way(socket: *mut bpf_sock, packet: &Packet, syn: &Options) -> bo
             return false;
         }
         let newer = after(packet.seq, kernel::tw_rcv_nxt(waiting) as u32);
-        if syn.present & options::TIMESTAMPS == 0 {
+        // Without timestamps of its own it does not look at others.
+        if syn.present & options::TIMESTAMPS == 0 || kernel::tw_ts_recent_stamp(waiting) as u32 == 0 {
             return newer;
         }
         let recent = kernel::tw_ts_recent(waiting) as u32;
@@ -141,8 +142,7 @@ pub(crate) fn give_to_proxy(
     }
     // SAFETY: as in `meets`.
     unsafe {
-        let given =
-            if (*socket).state == LISTEN { give(skb, socket, attributes, false) } else { Given::Gone };
+        let given = if (*socket).state == LISTEN { give(skb, socket, attributes) } else { Given::Gone };
         bpf_sk_release(socket.cast());
         given
     }
@@ -160,19 +160,14 @@ pub(crate) fn give_to_worker(
     }
     // SAFETY: as in `meets`.
     unsafe {
-        let given = give(skb, worker, attributes, true);
+        let given = give(skb, worker, attributes);
         bpf_sk_release(worker.cast());
         given
     }
 }
 
 #[inline(always)]
-unsafe fn give(
-    skb: *mut __sk_buff,
-    listener: *mut bpf_sock,
-    attributes: &mut RequestAttributes,
-    unless_full: bool,
-) -> Given {
+unsafe fn give(skb: *mut __sk_buff, listener: *mut bpf_sock, attributes: &mut RequestAttributes) -> Given {
     // SAFETY: the caller's.
     unsafe {
         // The kernel function wants a `struct sock`, not the `sock_common` that a lookup returns.
@@ -180,7 +175,7 @@ unsafe fn give(
         if tcp.is_null() {
             return Given::Gone;
         }
-        if unless_full && kernel::ack_backlog(tcp) > kernel::max_ack_backlog(tcp) {
+        if kernel::ack_backlog(tcp) > kernel::max_ack_backlog(tcp) {
             return Given::Full;
         }
         match kernel::assign(skb, tcp, attributes) {

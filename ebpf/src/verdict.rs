@@ -18,6 +18,8 @@ use crate::{
 const SHOT: i32 = TC_ACT_SHOT;
 /// The kernel has looked at a segment so many ticks after this program has at the latest.
 const SETTLED: u32 = 2;
+/// A connection that the kernel did not make is given again within so many ticks (4 s: two retransmissions at least).
+const AGAIN: u32 = 4 << 10;
 const ENOMEM: i32 = -12;
 
 /// A segment without SYN to a served port. `deferring`: this is the program that defers.
@@ -158,14 +160,15 @@ fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
         return NEXT;
     }
     let speaks = packet.data != 0 || packet.flags & flags::FIN != 0;
-    if offset == 0 && speaks {
-        // Not yet: there was no room. The worker had its chance.
+    let since = ((maps::now() >> TICK_SHIFT) as u32).wrapping_sub(pending.touched);
+    if offset == 0 && speaks && since <= AGAIN {
+        // Not yet: there was no room. The worker had its chance. Not for long: what was served and is gone must not be
+        // served a second time.
         maps::count(event::GivenAgain);
         return give_to_proxy(skb, packet, pending);
     }
     // A list of packets comes here before any of them goes on (`netif_receive_skb_list`): the connection is about to be
     // made from the first one.
-    let since = ((maps::now() >> TICK_SHIFT) as u32).wrapping_sub(pending.touched);
     if since <= SETTLED {
         return NEXT;
     }
@@ -383,9 +386,13 @@ fn give_to_proxy(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) ->
             pending.stage = stage::GIVEN;
             NEXT
         }
-        // Short of memory: the client sends it again.
+        // Short of memory, or of room: the client sends it again, as without us.
         Given::Refused(ENOMEM) => {
             maps::count(event::AssignFailed);
+            SHOT
+        }
+        Given::Full => {
+            maps::count(event::ProxyFull);
             SHOT
         }
         // It has stopped listening, or listens in another way: the client learns it by a reset.
@@ -393,6 +400,6 @@ fn give_to_proxy(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) ->
             maps::count(event::AssignFailed);
             NEXT
         }
-        Given::Gone | Given::Full => NEXT,
+        Given::Gone => NEXT,
     }
 }

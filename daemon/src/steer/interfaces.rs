@@ -63,7 +63,7 @@ pub struct Interface {
     pub mtu: u32,
     /// It is switched on (`IFF_UP`), with or without a carrier.
     pub up: bool,
-    /// Its frames have an Ethernet header: also bridges, bonds, VLANs, veth.
+    /// Its frames have an Ethernet header, and go to neighbours: also bridges, bonds, VLANs, veth; but no dummy.
     pub ethernet: bool,
     /// It is the loopback interface.
     pub loopback: bool,
@@ -325,7 +325,9 @@ fn interface(link: LinkMessage) -> Interface {
         name: String::new(),
         mtu: 0,
         up: link.header.flags.contains(LinkFlags::Up),
-        ethernet: link.header.link_layer_type == LinkLayerType::Ether,
+        // Without ARP there is no wire: dummy, kube-ipvs0.
+        ethernet: link.header.link_layer_type == LinkLayerType::Ether
+            && !link.header.flags.contains(LinkFlags::Noarp),
         loopback,
         addresses: Vec::new(),
         master: None,

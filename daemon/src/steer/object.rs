@@ -47,6 +47,7 @@ const FIELDS: &[Field] = &[
     // Without these no TIME_WAIT is taken for one that gives way: see `Fitted::time_wait`.
     Field { magic: 0x7a04, of: "inet_timewait_sock", name: "tw_substate", otherwise: 0 },
     Field { magic: 0x7a05, of: "sock_common", name: "skc_tw_rcv_nxt", otherwise: 0 },
+    Field { magic: 0x7a07, of: "tcp_timewait_sock", name: "tw_ts_recent_stamp", otherwise: 0 },
     Field { magic: 0x7a06, of: "tcp_timewait_sock", name: "tw_ts_recent", otherwise: 0 },
 ];
 
@@ -104,6 +105,17 @@ pub(super) const PINNED: &[&str] = &[
     "PORT_COUNTS",
     "SWEPT",
 ];
+
+/// How many connections may wait: of the map that is in use, which an earlier daemon may have made.
+pub(super) fn entries_of_pending(ebpf: &Ebpf) -> Result<u32, Error> {
+    let failed = "ask for the size of PENDING";
+    match ebpf.map("PENDING") {
+        Some(aya::maps::Map::LruHashMap(map)) => {
+            Ok(map.info().map_err(Error::new(failed, super::PRIVILEGES))?.max_entries())
+        }
+        _ => Err(Error::new(failed, "build the daemon anew")("it is no LRU hash map")),
+    }
+}
 
 /// A program of the object.
 pub(super) fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut SchedClassifier {

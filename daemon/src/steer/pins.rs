@@ -113,6 +113,13 @@ pub fn detach(pin_dir: &Path, grace: Duration) -> Result<Detached, Error> {
     for directory in &directories {
         stop_deferring(directory);
     }
+    if !directories.is_empty() {
+        // A daemon that runs sees it by then, and has written for the last time.
+        std::thread::sleep(Duration::from_millis(500));
+        for directory in &directories {
+            stop_deferring(directory);
+        }
+    }
     let until = Instant::now() + grace;
     for directory in &directories {
         done.waiting += wait_for_handshakes(directory, until);
@@ -177,8 +184,6 @@ fn wait_for_handshakes(directory: &Path, until: Instant) -> usize {
             return all.len();
         }
         std::thread::sleep(Duration::from_millis(50));
-        // A daemon may have written once more.
-        stop_deferring(directory);
     }
 }
 

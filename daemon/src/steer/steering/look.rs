@@ -14,7 +14,7 @@ use aya::programs::{
     links::{FdLink, PinnedLink},
     tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError},
 };
-use preflightd_common::abi;
+use preflightd_common::abi::{self, config_flags};
 
 use super::{
     super::{
@@ -30,6 +30,9 @@ use crate::config::{Firewall, Position, SteerMode};
 
 /// How often firewall rules are looked at.
 const FIREWALL: Duration = Duration::from_secs(10);
+
+/// For the first look at firewall rules.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// An interface that has the program.
 pub(super) struct Attached {
@@ -49,6 +52,8 @@ impl Steering {
         if routes != self.routes {
             // Not sure until all of them are told.
             self.routes = Routes::default();
+            self.config.flags &= !(config_flags::ROUTES_V4 | config_flags::ROUTES_V6);
+            self.maps.set_config(self.config)?;
             self.maps.set_routes(&for_trie(&routes))?;
             self.routes = routes;
         }
@@ -77,11 +82,17 @@ impl Steering {
         let table = self.known.iter().map(|interface| (interface.index, for_programs(interface))).collect();
         self.maps.set_interfaces(&table)?;
         self.attached.retain(|index, attached| {
-            let there = self.known.iter().any(|i| i.index == *index && i.name == attached.name);
-            if !there && let Some(pins) = &self.pins {
-                pins.unpin(*index);
+            let now = self.known.iter().find(|interface| interface.index == *index);
+            match now {
+                // It may have another name now.
+                Some(interface) => attached.name.clone_from(&interface.name),
+                None => {
+                    if let Some(pins) = &self.pins {
+                        pins.unpin(*index);
+                    }
+                }
             }
-            there
+            now.is_some()
         });
         for attached in self.attached.values_mut() {
             attached.removed |= !is_linked(&attached.info);
@@ -155,10 +166,14 @@ impl Steering {
         };
         let link = FdLink::try_from(link).map_err(Error::new(what.clone(), remedy))?;
         let id = link.info().map_err(Error::new(what, remedy))?.id();
-        let info = info_of(id);
-        let link = if is_new { Some(pins.pin(interface.index, link)?) } else { pins.pinned(interface.index) };
-        let info = if is_new { info } else { info_of(id) };
-        Ok(Attached { name, info, removed: false, _link: link })
+        let link = if is_new {
+            Some(pins.pin(interface.index, link)?)
+        } else {
+            // One descriptor of it, so that its place in /proc is known.
+            drop(link);
+            pins.pinned(interface.index)
+        };
+        Ok(Attached { name, info: info_of(id), removed: false, _link: link })
     }
 
     /// Looks at the firewall on a thread of its own; `now`: waits for it.
@@ -196,7 +211,9 @@ impl Steering {
         }
         let Some(looking) = &self.looking else { return Ok(()) };
         let found = if now {
-            looking.recv().unwrap_or_else(|_| Err("the look at the firewall broke off".into()))
+            looking.recv_timeout(PATIENCE).unwrap_or_else(|error| {
+                Err(format!("the firewall's rules could not be read in time: {error}"))
+            })
         } else {
             match looking.try_recv() {
                 Ok(found) => found,

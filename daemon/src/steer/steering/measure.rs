@@ -19,6 +19,16 @@ const CALM: Duration = Duration::from_secs(10);
 const JUDGED: Duration = Duration::from_secs(10);
 const JUDGED_FROM: u64 = 8;
 
+/// How long a port is disengaged at first; each time twice as long.
+pub(super) const FIRST_PAUSE: Duration = Duration::from_mins(1);
+const LONGEST_PAUSE: Duration = Duration::from_hours(1);
+
+/// Why, and how long, a port's connections are not deferred.
+pub(super) struct Disengaged {
+    pub(super) why: String,
+    until: Instant,
+}
+
 /// Whether there is a storm.
 #[derive(Debug)]
 pub(super) struct Storm {
@@ -79,7 +89,12 @@ impl Steering {
         }
         let before = std::mem::replace(&mut self.judged, (now, self.counts.clone())).1;
         for (port, row) in &mut self.rows {
-            if row.disengaged.is_some() {
+            if let Some(off) = &row.disengaged {
+                if now < off.until {
+                    continue;
+                }
+                tracing::info!(port, "the port is tried again");
+                row.disengaged = None;
                 continue;
             }
             let count = |kind| self.counts.port(row.row, kind);
@@ -95,19 +110,22 @@ impl Steering {
             let worst = foreign.into_iter().map(|(kind, name)| (new(kind), name)).max().unwrap_or_default();
             let silent = self.pending.silent.get(row.row as usize).copied().unwrap_or(0);
             let ever: u64 = spoken.map(count).sum();
-            row.disengaged = if worst.0 >= JUDGED_FROM && worst.0 >= ours {
+            let why = if worst.0 >= JUDGED_FROM && worst.0 >= ours {
                 Some(format!("{} of the last {} connections began with {}", worst.0, worst.0 + ours, worst.1))
             } else if ever == 0 && u64::from(silent) >= JUDGED_FROM {
                 Some(format!("{silent} clients wait for the server to speak first, and none has ever spoken"))
             } else {
                 None
             };
-            if let Some(why) = &row.disengaged {
+            if let Some(why) = why {
                 tracing::warn!(
                     port,
                     why,
-                    "the port is not steered any more: take it out of the configuration, or restart the daemon"
+                    again_in = ?row.pause,
+                    "the port is not steered for a while: take it out of the configuration if it is not plain HTTP"
                 );
+                row.disengaged = Some(Disengaged { why, until: now + row.pause });
+                row.pause = (row.pause * 2).min(LONGEST_PAUSE);
             }
         }
     }
@@ -121,7 +139,10 @@ impl Steering {
 
     /// Entries that each CPU may make until the next tick: together they leave an eighth free, so that nobody is evicted.
     pub(super) fn room(&self) -> u32 {
-        let usable = u64::from(self.max_pending) / 8 * 7;
+        let all = u64::from(self.max_pending);
+        // Free entries that other CPUs may hold back (`LOCAL_FREE_TARGET`, kernel/bpf/bpf_lru_list.c).
+        let held_back = (self.cpus * 128).min(all / 2);
+        let usable = (all / 8 * 7).saturating_sub(held_back);
         let free = usable.saturating_sub(self.occupied());
         u32::try_from(free / self.cpus.max(1)).unwrap_or(u32::MAX)
     }

@@ -34,7 +34,7 @@ use crate::{
     worker::listen,
 };
 use look::Attached;
-use measure::{Occupancy, Storm};
+use measure::{Disengaged, Occupancy, Storm};
 
 mod look;
 mod measure;
@@ -78,7 +78,7 @@ pub struct Steering {
     netns: Netns,
     services: Vec<Service>,
     /// Ports and their rows.
-    rows: BTreeMap<u16, Row>,
+    rows: BTreeMap<u16, Port>,
     workers: u32,
     ebpf: Ebpf,
     maps: Maps,
@@ -94,13 +94,16 @@ pub struct Steering {
     attached: BTreeMap<u32, Attached>,
     program: &'static str,
     engaged: bool,
-    tested: std::result::Result<(), String>,
+    /// `None`: not yet.
+    tested: Option<std::result::Result<(), String>>,
     sockets: Vec<(u32, OwnedFd)>,
     obstacles: Vec<String>,
     /// `None`: the kernel has no nf_tables.
     changes: Option<firewall::Changes>,
     looking: Option<mpsc::Receiver<std::result::Result<Vec<String>, String>>>,
     replaced: bool,
+    /// Addresses and ports that do not fit.
+    beyond: usize,
     max_pending: u32,
     cpus: u64,
     times: Times,
@@ -114,9 +117,11 @@ pub struct Steering {
     told: Option<(State, Vec<String>)>,
 }
 
-struct Row {
+struct Port {
     row: u32,
-    disengaged: Option<String>,
+    disengaged: Option<Disengaged>,
+    /// How long it is disengaged the next time.
+    pause: Duration,
 }
 
 struct Times {
@@ -124,6 +129,8 @@ struct Times {
     look: Instant,
     firewall: Instant,
     sweep: Instant,
+    /// The self-test is due.
+    test: Instant,
 }
 
 impl Steering {
@@ -159,6 +166,14 @@ impl Steering {
         let program = if cannot_steer.is_none() { "steer" } else { "observe" };
         object::load_program(&mut ebpf, program)?;
         object::load_program(&mut ebpf, "sweep_pending")?;
+        let max_pending = object::entries_of_pending(&ebpf)?;
+        if max_pending != options.max_pending {
+            tracing::warn!(
+                max_pending,
+                wanted = options.max_pending,
+                "steer.max_pending takes effect with new maps: run `preflightd detach` before the daemon starts"
+            );
+        }
         let maps = Maps::take(&mut ebpf)?;
         let counts = maps.counts(rows.len() as u32)?;
         let now = Instant::now();
@@ -182,15 +197,16 @@ impl Steering {
             attached: BTreeMap::new(),
             program,
             engaged: false,
-            tested: Ok(()),
+            tested: None,
             sockets: Vec::new(),
             obstacles: Vec::new(),
             changes: None,
             looking: None,
             replaced: false,
-            max_pending: options.max_pending,
-            cpus: aya::util::nr_cpus().map_or(1, |cpus| cpus as u64),
-            times: Times { key: now, look: now, firewall: now, sweep: now },
+            beyond: 0,
+            max_pending,
+            cpus: aya::util::online_cpus().map_or(1, |cpus| cpus.len() as u64),
+            times: Times { key: now, look: now, firewall: now, sweep: now, test: now },
             judged: (now, counts.clone()),
             counts,
             earlier: (now, preflights),
@@ -258,28 +274,27 @@ impl Steering {
         // An earlier daemon's key stays good; ours is new.
         let key = 1 - (earlier.key & 1);
         self.maps.set_key(key, random()?)?;
-        self.config = abi::Config { key, ..earlier };
+        // Until all is in its place nothing new is deferred: what an earlier daemon served may be something else now.
+        self.config = abi::Config { key, state: state::OFF, ..earlier };
+        self.maps.set_config(self.config)?;
         for row in self.rows.values() {
-            if predecessor == 0 {
-                self.maps.clear_row(row.row)?;
-            }
+            self.maps.clear_row(row.row)?;
         }
         self.counts = self.maps.counts(self.rows.len() as u32)?;
         self.earlier = (Instant::now(), preflights(&self.counts));
         self.judged = (Instant::now(), self.counts.clone());
-        self.set_policies(policies)?;
-        for (slot, socket) in std::mem::take(&mut self.sockets) {
-            self.maps.set_socket(slot, &socket)?;
-        }
         self.changes = self.netns.enter(firewall::Changes::open)?.ok();
         self.look_at_firewall(true)?;
-        self.maps.beat(true)?;
         self.look(true)?;
-        if self.cannot_steer.is_none() && self.options.mode == SteerMode::Steer && self.options.self_test {
-            self.tested = self.self_test().map_err(|error| error.to_string());
+        self.serve()?;
+        self.set_policies(policies)?;
+        for (slot, socket) in &self.sockets {
+            self.maps.set_socket(*slot, socket)?;
         }
+        self.test_if_due(Instant::now());
         self.engaged = true;
-        self.apply()
+        self.apply()?;
+        self.maps.beat(true)
     }
 
     /// New policies: their hosts.
@@ -298,11 +313,13 @@ impl Steering {
         let Steer { mode, engage, storm_above, storm_below, percent, firewall, .. } = options.clone();
         self.options =
             Steer { mode, engage, storm_above, storm_below, percent, firewall, ..self.options.clone() };
-        self.look_at_firewall(true)?;
-        self.apply()
+        // The next tick looks at what matters now; until then what is known holds.
+        self.times.firewall = long_ago();
+        self.times.look = long_ago();
+        self.tick()
     }
 
-    /// What must be done several times a second. Nothing here may take long: the heartbeat is here.
+    /// What must be done several times a second. The heartbeat comes last, when all of it was done.
     ///
     /// # Errors
     /// The kernel refuses a map: the programs then see no heartbeat, and defer nothing.
@@ -316,7 +333,6 @@ impl Steering {
             self.tell();
             return Ok(());
         }
-        self.maps.beat(true)?;
         let now = Instant::now();
         self.counts = self.maps.counts(self.rows.len() as u32)?;
         self.measure(now);
@@ -336,7 +352,9 @@ impl Steering {
             self.look(false)?;
         }
         self.look_at_firewall(false)?;
-        self.apply()
+        self.test_if_due(now);
+        self.apply()?;
+        self.maps.beat(true)
     }
 
     /// Interfaces, addresses or routes have changed.
@@ -353,7 +371,7 @@ impl Steering {
 
     /// Whether what is asked for works: the self-test passed.
     pub fn is_well(&self) -> bool {
-        self.tested.is_ok()
+        !matches!(self.tested, Some(Err(_)))
     }
 
     /// The served namespace.
@@ -393,7 +411,7 @@ impl Steering {
                 .filter(|s| s.address.port() == *port)
                 .map(|s| s.name.clone())
                 .collect(),
-            disengaged: row.disengaged.clone(),
+            disengaged: row.disengaged.as_ref().map(|off| off.why.clone()),
         });
         Report {
             state: self.state(),
@@ -432,7 +450,7 @@ impl Steering {
             if self.options.firewall == Firewall::Refuse {
                 reasons.extend(self.obstacles.iter().cloned());
             }
-            if let Err(error) = &self.tested {
+            if let Some(Err(error)) = &self.tested {
                 reasons.push(format!("the self-test failed: {error}"));
             }
             if reasons.is_empty() && self.options.engage == Engage::Storm && !self.storm.on {
@@ -441,6 +459,13 @@ impl Steering {
                     self.storm.rate, self.options.storm_above
                 ));
             }
+        }
+        if self.beyond > 0 {
+            reasons.push(format!(
+                "{} pairs of address and port are the proxy's alone, for only {MAX_SERVED} fit: name the listeners' \
+                 addresses",
+                self.beyond
+            ));
         }
         for attached in self.attached.values().filter(|attached| attached.removed) {
             reasons.push(format!(
@@ -454,11 +479,15 @@ impl Steering {
         reasons
     }
 
+    fn is_tested(&self) -> bool {
+        !self.options.self_test || matches!(self.tested, Some(Ok(())))
+    }
+
     fn may_defer(&self) -> bool {
         self.cannot_steer.is_none()
             && self.sysctls.syncookies != 0
             && (self.options.firewall == Firewall::Ignore || self.obstacles.is_empty())
-            && self.tested.is_ok()
+            && self.is_tested()
             && match self.options.engage {
                 Engage::Always => true,
                 Engage::Storm => self.storm.on,
@@ -472,21 +501,10 @@ impl Steering {
             SteerMode::Steer if self.may_defer() => state::DEFER,
             SteerMode::Observe | SteerMode::Steer => state::OBSERVE,
         };
-        let flag = |on: bool, flag: u32| if on { flag } else { 0 };
         let sysctls = &self.sysctls;
-        let pressure =
-            self.fill() > if self.config.flags & config_flags::PRESSURE == 0 { 0.875 } else { 0.75 };
         let config = abi::Config {
             state,
-            flags: flag(sysctls.timestamps, config_flags::TIMESTAMPS)
-                | flag(sysctls.sack, config_flags::SACK)
-                | flag(sysctls.window_scaling, config_flags::WINDOW_SCALING)
-                | flag(sysctls.ecn != 0, config_flags::ECN)
-                | flag(sysctls.ecn > 2, config_flags::ACCURATE_ECN)
-                | flag(pressure, config_flags::PRESSURE)
-                | flag(self.time_wait, config_flags::TIME_WAIT)
-                | flag(self.routes.sure_v4, config_flags::ROUTES_V4)
-                | flag(self.routes.sure_v6, config_flags::ROUTES_V6),
+            flags: self.flags(),
             percent: self.options.percent,
             key: self.config.key,
             window: u32::from(sysctls.syn_window()),
@@ -496,11 +514,27 @@ impl Steering {
             round: self.config.round.wrapping_add(1),
             zero: 0,
         };
+        self.serve()?;
         self.config = config;
         self.maps.set_config(config)?;
-        self.serve()?;
         self.tell();
         Ok(())
+    }
+
+    fn flags(&self) -> u32 {
+        let flag = |on: bool, flag: u32| if on { flag } else { 0 };
+        let sysctls = &self.sysctls;
+        let pressure =
+            self.fill() > if self.config.flags & config_flags::PRESSURE == 0 { 0.875 } else { 0.75 };
+        flag(sysctls.timestamps, config_flags::TIMESTAMPS)
+            | flag(sysctls.sack, config_flags::SACK)
+            | flag(sysctls.window_scaling, config_flags::WINDOW_SCALING)
+            | flag(sysctls.ecn != 0, config_flags::ECN)
+            | flag(sysctls.ecn > 2, config_flags::ACCURATE_ECN)
+            | flag(pressure, config_flags::PRESSURE)
+            | flag(self.time_wait, config_flags::TIME_WAIT)
+            | flag(self.routes.sure_v4, config_flags::ROUTES_V4)
+            | flag(self.routes.sure_v6, config_flags::ROUTES_V6)
     }
 
     /// Says once what has changed.
@@ -537,7 +571,10 @@ impl Steering {
             let bound = service.address.ip();
             let port = service.address.port();
             let row = &self.rows[&port];
-            let all = self.known.iter().flat_map(|interface| interface.addresses.iter().copied());
+            // Not those of loopback and of interfaces without a wire: there stand the addresses of load balancers, whose
+            // answers leave another way.
+            let wired = self.known.iter().filter(|interface| interface.ethernet && !interface.loopback);
+            let all = wired.flat_map(|interface| interface.addresses.iter().copied());
             let addresses: Vec<IpAddr> = match bound {
                 IpAddr::V4(Ipv4Addr::UNSPECIFIED) => all.filter(IpAddr::is_ipv4).collect(),
                 IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
@@ -551,7 +588,7 @@ impl Steering {
                     row: row.row,
                     first_socket: self.slot(index, usize::from(address.is_ipv6())),
                     sockets: self.workers,
-                    engaged: u32::from(row.disengaged.is_none() && self.tested.is_ok() && self.engaged),
+                    engaged: u32::from(row.disengaged.is_none() && self.is_tested() && self.engaged),
                 };
                 // An address that is named goes before "all addresses".
                 if bound.is_unspecified() {
@@ -561,11 +598,10 @@ impl Steering {
                 }
             }
         }
-        if served.len() > MAX_SERVED as usize {
-            let what = format!("serve {} addresses and ports", served.len());
-            return Err(Error::new(what, "name the address of each listener")(format!(
-                "at most {MAX_SERVED} fit"
-            )));
+        let beyond: Vec<_> = served.keys().skip(MAX_SERVED as usize).copied().collect();
+        self.beyond = beyond.len();
+        for endpoint in beyond {
+            served.remove(&endpoint);
         }
         self.maps.serve(&served)
     }
@@ -578,7 +614,7 @@ impl std::fmt::Debug for Steering {
 }
 
 /// A row for each port.
-fn rows(services: &[Service]) -> Result<BTreeMap<u16, Row>> {
+fn rows(services: &[Service]) -> Result<BTreeMap<u16, Port>> {
     let ports: std::collections::BTreeSet<u16> =
         services.iter().map(|service| service.address.port()).collect();
     // The last row is the self-test's.
@@ -586,7 +622,11 @@ fn rows(services: &[Service]) -> Result<BTreeMap<u16, Row>> {
         let what = format!("steer {} ports", ports.len());
         return Err(Error::new(what, "run several daemons")(format!("at most {TEST_ROW} fit")));
     }
-    Ok(ports.into_iter().zip(0..).map(|(port, row)| (port, Row { row, disengaged: None })).collect())
+    Ok(ports
+        .into_iter()
+        .zip(0..)
+        .map(|(port, row)| (port, Port { row, disengaged: None, pause: measure::FIRST_PAUSE }))
+        .collect())
 }
 
 fn endpoint(address: IpAddr, port: u16) -> Endpoint {
@@ -630,6 +670,12 @@ fn hosts(services: &[Service], policies: &[PolicySpec]) -> HashSet<Host> {
 
 fn preflights(counts: &Counts) -> u64 {
     (0..TEST_ROW).map(|row| counts.port(row, kind::Preflight)).sum()
+}
+
+/// A time after which anything is due.
+fn long_ago() -> Instant {
+    let now = Instant::now();
+    now.checked_sub(Duration::from_hours(1)).unwrap_or(now)
 }
 
 /// Random bytes of the kernel, as a number or several.

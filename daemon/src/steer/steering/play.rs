@@ -1,6 +1,9 @@
 //! The self-test: how its connections are put before the program.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::{Duration, Instant},
+};
 
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions};
 use preflightd_common::abi::{
@@ -11,13 +14,29 @@ use super::{
     super::{Error, PRIVILEGES, object, self_test::Stage},
     Result, Steering, TEST_ROW, endpoint,
 };
+use crate::config::SteerMode;
 
 /// The slot, listener and row of the self-test.
 const TEST_SLOT: u32 = MAX_SOCKETS - 1;
 const TEST_LISTENER: u32 = u32::MAX;
 const TEST_ROOM: u32 = 8;
 
+/// After a self-test that failed.
+const TEST_AGAIN: Duration = Duration::from_mins(1);
+
 impl Steering {
+    /// Tests once, and again after a while where it failed.
+    pub(super) fn test_if_due(&mut self, now: Instant) {
+        let wanted =
+            self.options.mode == SteerMode::Steer && self.options.self_test && self.cannot_steer.is_none();
+        if !wanted || matches!(self.tested, Some(Ok(()))) || (self.tested.is_some() && now < self.times.test)
+        {
+            return;
+        }
+        self.tested = Some(self.self_test().map_err(|error| error.to_string()));
+        self.times.test = Instant::now() + TEST_AGAIN;
+    }
+
     /// One connection each way through the kernel, over loopback.
     pub(super) fn self_test(&mut self) -> Result<()> {
         let failed = |error: std::io::Error| {
@@ -72,7 +91,7 @@ impl Steering {
             percent: 100,
             window: u32::from(self.sysctls.syn_window()),
             window_scale: u32::from(self.sysctls.rcv_wscale()),
-            flags: self.config.flags & !config_flags::PRESSURE,
+            flags: self.flags() & !config_flags::PRESSURE,
             room: TEST_ROOM,
             round: self.config.round.wrapping_add(1),
             ..self.config
