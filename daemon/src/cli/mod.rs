@@ -40,10 +40,11 @@ enum Command {
     Detach(Detach),
 }
 
-/// Listens, answers preflights, relays the rest.
+/// Answers preflights, beside the proxy (steer) or before it (listen, relaying the rest).
 ///
-/// Policies are read again when their files change, and on SIGHUP; everything else needs a restart. SIGTERM drains:
-/// it stops accepting, finishes what has begun (limits.shutdown_grace), and exits with 0. A second one ends at once.
+/// Policies are read again when their files change, and on SIGHUP, and so are mode, engage, storm_above, storm_below,
+/// percent and firewall of [steer]; everything else needs a restart. SIGTERM drains: it stops accepting, finishes what
+/// has begun (limits.shutdown_grace), and exits with 0. A second one ends at once.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   preflightd run --config /etc/preflightd/config.toml

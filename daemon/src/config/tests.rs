@@ -30,6 +30,7 @@ fn the_example_holds_the_defaults() {
         let same =
             Config { policies: config.policies.clone(), ..Config::of_listeners(config.listeners.clone()) };
         assert_eq!(config.changed_sections(&same), [""; 0]);
+        assert_eq!(config.steer, Steer::default(), "also what may change while running");
     }
     let listener = Listener::new(
         "web",
@@ -57,6 +58,7 @@ fn the_example_names_every_key() {
         ("workers", "[workers]\nzzz = 1"),
         ("limits", "[limits]\nzzz = 1"),
         ("relay", "[relay]\nzzz = 1"),
+        ("steer", "[steer]\nzzz = 1"),
         ("admin", "[admin]\nzzz = 1"),
         ("log", "[log]\nzzz = 1"),
         ("policy", "[[policy]]\nzzz = 1"),
@@ -76,6 +78,8 @@ fn the_example_names_every_key() {
 fn findings_have_lines() {
     use Severity::{Error, Warning};
     const P: &str = "[[policy]]\nname = \"p\"\nhosts = [\"h\"]\norigins = [\"https://a.example\"]\n";
+    // Beside a proxy, as long as BASE.
+    const S: &str = "[[listener]]\nname = \"beside\"\naddress = \"0.0.0.0:80\"\nsteer = true\n";
     // Line, column (0: any), severity, code, a part of the message, a part of the help.
     type Want = (u32, u32, Severity, &'static str, &'static str, &'static str);
     let cases: &[(&str, String, &[Want])] = &[
@@ -249,6 +253,64 @@ fn findings_have_lines() {
             ),
             &[(14, 3, Error, "", "", "")],
         ),
+        (
+            "listeners beside the proxy",
+            format!(
+                "{S}answer_only = true\n[[listener]]\nname = \"b\"\naddress = \"0.0.0.0:0\"\nsteer = \
+                 true\n[[listener]]\nname = \"c\"\naddress = \"0.0.0.0:81\"\nsteer = true\nupstream = \
+                 \"127.0.0.1:8080\"\n[[listener]]\nname = \"d\"\naddress = \"0.0.0.0:82\"\nsteer = \
+                 \"yes\"\nanswer_only = true\n{P}"
+            ),
+            &[
+                (5, 15, Error, "answer-only-steer", "exclude each other", "the proxy gets all"),
+                (8, 11, Error, "invalid-value", "the port is 0", "that the proxy listens on"),
+                (14, 12, Error, "client-address-hidden", "would have this node's", "leave `upstream` out"),
+                (18, 9, Error, "wrong-type", "a boolean", ""),
+            ],
+        ),
+        (
+            "an upstream beside the proxy that does not keep the client's address",
+            format!("{S}upstream = \"127.0.0.1:8080\"\nproxy_protocol = \"off\"\n{P}"),
+            &[(5, 12, Error, "client-address-hidden", "knows each client by its address", "transparent = true")],
+        ),
+        (
+            "steering out of range",
+            format!(
+                "{S}[steer]\npercent = 101\nmax_pending = 10\nstorm_below = 2000\npin_dir = \"pins\"\n{P}"
+            ),
+            &[
+                (6, 11, Error, "out-of-range", "steer.percent is 101", "0 to 100"),
+                (7, 15, Error, "out-of-range", "steer.max_pending is 10", "1024 to"),
+                (8, 15, Error, "out-of-range", "2000, above steer.storm_above, 1000", "half"),
+                (9, 11, Error, "out-of-range", "`pins`, which is no absolute path", "/sys/fs/bpf/preflightd"),
+            ],
+        ),
+        (
+            "no directory to pin in",
+            format!("{S}[steer]\npin_dir = \"\"\n{P}"),
+            &[(6, 11, Error, "out-of-range", "no absolute path", "bpffs")],
+        ),
+        (
+            "words of steering",
+            format!(
+                "{S}[steer]\nmode = \"on\"\nengage = \"storms\"\nposition = \"front\"\nfirewall = \
+                 \"Ignore\"\nself_test = \"no\"\nnetns = 1\ninterfaces = \"eth0\"\n{P}"
+            ),
+            &[
+                (6, 8, Error, "invalid-value", "`on`", "known here: off, observe, steer"),
+                (7, 10, Error, "invalid-value", "`storms`", "did you mean `storm`?"),
+                (8, 12, Error, "invalid-value", "`front`", "known here: first, last"),
+                (9, 12, Error, "invalid-value", "`Ignore`", "did you mean `ignore`?"),
+                (10, 13, Error, "wrong-type", "a boolean", ""),
+                (11, 9, Error, "wrong-type", "a string", ""),
+                (12, 14, Error, "wrong-type", "a list", ""),
+            ],
+        ),
+        (
+            "steering without a port",
+            format!("{BASE}{P}[steer]\nmode = \"observe\"\n"),
+            &[(9, 0, Warning, "steer-without-listener", "no listener is steered", "steer = true")],
+        ),
         ("no list", format!("policy = 1\n{BASE}"), &[(1, 10, Error, "wrong-type", "list of tables", "")]),
         ("no table", "listener = [1]\n".into(), &[(1, 13, Error, "wrong-type", "", ""), (1, 1, Error, "no-listener", "", "")]),
     ];
@@ -335,6 +397,50 @@ fn values_become_what_the_others_need() {
     assert_eq!(upstreams[0].listener, ListenerId(0));
     assert_eq!(config.connection_limits().header_timeout, Duration::from_millis(1500));
     assert_eq!((config.worker_count(), config.relay_limits().threads), (3, 3));
+}
+
+#[test]
+fn steering_has_its_values() {
+    let load = |text: &str| {
+        let (config, findings) = load_str("test", text);
+        assert_eq!(findings, [], "{text}");
+        config.expect("it loads")
+    };
+    let listener = |lines: &str| format!("[[listener]]\nname = \"a\"\naddress = \"[::]:80\"\n{lines}");
+    let policy = "[[policy]]\nname = \"p\"\nhosts = [\"h\"]\norigins = [\"https://a.example\"]\n";
+    for kept in ["proxy_protocol = \"v1\"", "proxy_protocol = \"v2\"", "transparent = true"] {
+        let text = listener(&format!("steer = true\nupstream = \"127.0.0.1:81\"\n{kept}\n{policy}"));
+        assert_eq!(load(&text).upstreams().len(), 1, "{kept}");
+    }
+    let text = listener(&format!("steer = true\n{policy}"));
+    let plain = load(&text);
+    assert!(plain.listeners[0].steer && plain.upstreams().is_empty());
+    assert_eq!(plain.steer, Steer::default());
+    let all = "[steer]\nmode = \"observe\"\nengage = \"storm\"\nstorm_above = 7\nstorm_below = 7\npercent = 0\n\
+               firewall = \"ignore\"\n";
+    let live = load(&format!("{text}{all}"));
+    let want = Steer {
+        mode: SteerMode::Observe,
+        engage: Engage::Storm,
+        storm_above: 7,
+        storm_below: 7,
+        percent: 0,
+        firewall: Firewall::Ignore,
+        ..Steer::default()
+    };
+    assert_eq!(live.steer, want);
+    assert_eq!(live.changed_sections(&plain), [""; 0], "these take effect while running");
+    for restart in [
+        "interfaces = [\"eth0\"]",
+        "position = \"last\"",
+        "netns = \"1\"",
+        "pin_dir = \"/sys/fs/bpf/x\"",
+        "max_pending = 1024",
+        "self_test = false",
+    ] {
+        let changed = load(&format!("{text}[steer]\n{restart}\n"));
+        assert_eq!(changed.changed_sections(&plain), ["steer"], "{restart}");
+    }
 }
 
 #[test]
