@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: preflightd before a real nginx, live, on a fresh machine.
+//! `cargo xtask demo`: preflightd beside a real nginx, live, on a fresh machine.
 
 use std::{os::unix::process::CommandExt as _, process::Command};
 
@@ -6,10 +6,11 @@ use anyhow::{Context as _, Result};
 
 use crate::{setup, sh};
 
-/// Set up, build, and run preflightd before a real nginx on a mixed load, live
+/// Set up, build, and run preflightd on a mixed load, live: beside a real nginx whose port it steers, or before it where
+/// the kernel or the privileges are not enough for that
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Passed on, such as --seconds 30, --stay (until Ctrl-C) or --loopback (no namespaces)
+    /// Passed on, such as --seconds 30, --stay (until Ctrl-C) or --loopback (no namespaces, no steering)
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
 }

@@ -73,6 +73,8 @@ const DEMO: &[Need] = &[
     Need { package: "iproute2", present: Present::Program("ip") },
     Need { package: "util-linux", present: Present::Program("nsenter") },
     Need { package: "curl", present: Present::Program("curl") },
+    // Steering refuses where rules may be that it cannot read.
+    Need { package: "nftables", present: Present::Program("nft") },
 ];
 
 /// For the tests, besides.
@@ -87,7 +89,6 @@ const TESTS: &[Need] = &[
     Need { package: "haproxy", present: Present::Program("haproxy") },
     Need { package: "chromium", present: Present::Program("chromium") },
     Need { package: "chromium-driver", present: Present::Program("chromedriver") },
-    Need { package: "nftables", present: Present::Program("nft") },
     Need { package: "ethtool", present: Present::Program("ethtool") },
     Need { package: "valgrind", present: Present::Program("valgrind") },
     Need { package: "prometheus", present: Present::Program("promtool") },

@@ -1,5 +1,6 @@
-//! The demo: a real nginx as the proxy, preflightd before it, a client with a mixed load, each at its end of a veth pair
-//! (without root all three on loopback), a live display, a few exchanges by curl. `cargo xtask demo` builds and runs it.
+//! The demo: a real nginx on its port 80, preflightd beside it, which steers that port, and a client with a mixed load at
+//! the other end of a veth pair; a live display, a few exchanges by curl. Where the port cannot be steered preflightd
+//! listens before nginx, without root all three on loopback; it says so and why. `cargo xtask demo` builds and runs it.
 #![forbid(unsafe_code)]
 
 mod load;
@@ -9,7 +10,7 @@ mod show;
 use clap::{Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode};
 
-/// preflightd before a real nginx, live.
+/// preflightd beside a real nginx, live.
 #[derive(Parser)]
 #[command(name = "cargo xtask demo")]
 struct Arguments {

@@ -1,7 +1,7 @@
 //! The set: namespaces, nginx, the daemon; and that all of it is gone at the end, also on Ctrl-C.
 #![forbid(unsafe_code)]
 
-use crate::{Fallible, beside};
+use crate::{Fallible, beside, load::BY_NGINX};
 use preflightd_tests::{
     Nginx,
     netns::Netns,
@@ -10,13 +10,17 @@ use preflightd_tests::{
 use rustix::process::Signal;
 use std::{
     env, fs,
-    net::SocketAddr,
-    path::Path,
+    io::{self, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
     process::{self, Child, Command, ExitCode, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
+    time::{Duration, Instant},
 };
 
 #[derive(clap::Args)]
@@ -50,44 +54,57 @@ pub(crate) fn run(stage: &Stage) -> Fallible<ExitCode> {
     }
     let daemon_file = beside("preflightd")?;
     let interrupted = Interrupt::install()?;
-    let (net, place) = Net::build(stage.loopback);
-    let addresses = net.addresses();
-
-    let nginx = Nginx::start_with(&[], net.on_node(&program("nginx").unwrap_or_default()), |_| {
-        format!(
-            "server {{
-                listen {} proxy_protocol;
-                set_real_ip_from 0.0.0.0/0;
-                real_ip_header proxy_protocol;
-                location / {{ return 200 \"nginx: $request_method $request_uri for $remote_addr\\n\"; }}
-            }}",
-            addresses.proxy
-        )
-    });
     let directory =
         tempfile::TempDir::with_prefix("preflightd-demo-").map_err(|e| format!("making a directory: {e}"))?;
-    let mut daemon = Daemon(start_daemon(&net, &daemon_file, &addresses, directory.path())?);
+    let (net, no_namespaces) = Net::build(stage.loopback);
+    let beside = match no_namespaces {
+        Some(why) => Err(why),
+        None => Set::beside(&net, &daemon_file, directory.path(), &interrupted),
+    };
+    let (mut set, place) = match beside {
+        Ok(set) => (
+            set,
+            "client namespace ── veth ── node namespace: nginx on its own port 80, preflightd beside it, steering that \
+             port"
+                .to_owned(),
+        ),
+        Err(_) if interrupted.happened() => {
+            println!("\nEnded; everything is cleaned up.");
+            return Ok(ExitCode::from(130));
+        }
+        Err(why) => {
+            let set = Set::before(&net, &daemon_file, directory.path())?;
+            let place = match net {
+                Net::Loopback => "client, preflightd and nginx on loopback",
+                Net::Namespaces { .. } => "client namespace ── veth ── node namespace",
+            };
+            (set, format!("{place}: preflightd listens before nginx, and does not steer.\nWhy: {why}"))
+        }
+    };
 
     let this = env::current_exe().map_err(|e| format!("where is this program? {e}"))?;
     let mut show = net.on_client(&this);
     show.arg("show")
         .args(["--place", &place])
         .args(["--prefix", &net.prefix()])
-        .args(["--site", &addresses.site.to_string()])
-        .args(["--admin", &addresses.admin.to_string()])
-        .args(["--daemon-pid", &daemon.0.id().to_string()])
-        .args(["--nginx-pid", &nginx.pid().to_string()])
+        .args(["--site", &set.addresses.site.to_string()])
+        .args(["--admin", &set.addresses.admin.to_string()])
+        .args(["--daemon-pid", &set.daemon.0.id().to_string()])
+        .args(["--nginx-pid", &set.nginx.pid().to_string()])
         .args(["--seconds", &stage.seconds.to_string()])
         .arg("--preflightd")
         .arg(&daemon_file)
         .arg("--config")
-        .arg(directory.path().join("preflightd.toml"));
+        .arg(directory.path().join(CONFIG));
+    if let Some(pins) = &set.pins {
+        show.arg("--pin-dir").arg(pins.directory());
+    }
     if stage.stay {
         show.arg("--stay");
     }
-    let status = interrupted.run(show, &mut daemon.0)?;
-    let log = fs::read_to_string(directory.path().join("log")).unwrap_or_default();
-    drop((daemon, nginx, net));
+    let status = interrupted.run(show, &mut set.daemon.0)?;
+    let log = fs::read_to_string(directory.path().join(LOG)).unwrap_or_default();
+    drop((set, net));
     if interrupted.happened() {
         println!("\nEnded; everything is cleaned up.");
         return Ok(if stage.stay { ExitCode::SUCCESS } else { ExitCode::from(130) });
@@ -99,23 +116,172 @@ pub(crate) fn run(stage: &Stage) -> Fallible<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn start_daemon(net: &Net, file: &Path, addresses: &Addresses, directory: &Path) -> Fallible<Child> {
-    let config = format!(
-        "[[listener]]\nname = \"web\"\naddress = \"{}\"\nupstream = \"{}\"\nproxy_protocol = \"v2\"\n\n\
-         [admin]\naddress = \"{}\"\n\n{POLICY}",
-        addresses.site, addresses.proxy, addresses.admin
-    );
-    let path = directory.join("preflightd.toml");
-    fs::write(&path, config).map_err(|e| format!("writing {}: {e}", path.display()))?;
-    let log = fs::File::create(directory.join("log")).map_err(|e| format!("making a log: {e}"))?;
-    let second = log.try_clone().map_err(|e| format!("making a log: {e}"))?;
+/// Files of the demo's directory.
+const CONFIG: &str = "preflightd.toml";
+const LOG: &str = "log";
+const SOCKET: &str = "admin.sock";
+const BPFFS: &str = "bpf";
+
+/// What runs on the node. Goes in this order: the daemon, then what it left in the kernel, then the proxy.
+struct Set {
+    daemon: Daemon,
+    /// Only where it steers.
+    pins: Option<Pins>,
+    nginx: Nginx,
+    addresses: Addresses,
+}
+
+impl Set {
+    /// nginx on its own port, and the daemon beside it, which steers already.
+    ///
+    /// # Errors
+    /// Why that cannot be here.
+    fn beside(net: &Net, file: &Path, directory: &Path, interrupted: &Interrupt) -> Fallible<Self> {
+        let at = |port: u16| SocketAddr::from(([10, 77, 0, 1], port));
+        let addresses = Addresses { site: at(80), proxy: at(80), admin: at(9900) };
+        let nginx = start_nginx(net, "listen 0.0.0.0:80; listen [::]:80;");
+        interrupted.wait("nginx to listen", || {
+            net.connects(SocketAddr::from(([127, 0, 0, 1], 80))).then_some(Ok(()))
+        })?;
+        let pins = Pins::mount(file, directory)?;
+        probe(net, file, pins.directory())?;
+        let config = format!(
+            "[[listener]]\nname = \"web\"\naddress = \"0.0.0.0:80\"\nsteer = true\n\n\
+             [steer]\npin_dir = \"{}\"\n\n[admin]\naddress = \"{}\"\nsocket = \"{}\"\n\n{POLICY}",
+            pins.directory().display(),
+            addresses.admin,
+            directory.join(SOCKET).display(),
+        );
+        let mut daemon = Daemon::start(net, file, directory, &config)?;
+        let mut reasons = String::new();
+        let steering = interrupted.wait("preflightd to steer", || {
+            if let Ok(Some(status)) = daemon.0.try_wait() {
+                let log = fs::read_to_string(directory.join(LOG)).unwrap_or_default();
+                let last = log.lines().last().unwrap_or_default();
+                return Some(Err(format!("preflightd ended with {status}: {last}")));
+            }
+            let status = status(&directory.join(SOCKET)).ok()?;
+            reasons = strings(&status["steer"]["reasons"]).join("; ");
+            (status["ready"] == true && status["steer"]["state"] == "steering").then_some(Ok(()))
+        });
+        steering.map_err(|error| if reasons.is_empty() { error } else { reasons })?;
+        Ok(Self { daemon, pins: Some(pins), nginx, addresses })
+    }
+
+    /// The daemon on the port, and nginx behind it.
+    fn before(net: &Net, file: &Path, directory: &Path) -> Fallible<Self> {
+        let addresses = net.addresses();
+        let listen = format!(
+            "listen {} proxy_protocol;
+                set_real_ip_from 0.0.0.0/0;
+                real_ip_header proxy_protocol;",
+            addresses.proxy
+        );
+        let nginx = start_nginx(net, &listen);
+        let config = format!(
+            "[[listener]]\nname = \"web\"\naddress = \"{}\"\nupstream = \"{}\"\nproxy_protocol = \"v2\"\n\n\
+             [admin]\naddress = \"{}\"\n\n{POLICY}",
+            addresses.site, addresses.proxy, addresses.admin
+        );
+        let daemon = Daemon::start(net, file, directory, &config)?;
+        Ok(Self { daemon, pins: None, nginx, addresses })
+    }
+}
+
+fn start_nginx(net: &Net, listen: &str) -> Nginx {
+    Nginx::start_with(&[], net.on_node(&program("nginx").unwrap_or_default()), |_| {
+        format!(
+            "server {{
+                {listen}
+                location / {{
+                    if ($request_method = OPTIONS) {{
+                        add_header {BY_NGINX} nginx always;
+                        return 204;
+                    }}
+                    return 200 \"nginx: $request_method $request_uri for $remote_addr\\n\";
+                }}
+            }}"
+        )
+    })
+}
+
+/// Asks `preflightd probe`, and gives its reasons if it says no.
+fn probe(net: &Net, file: &Path, pin_dir: &Path) -> Fallible<()> {
     let mut command = net.on_node(file);
-    command.args(["run", "--config"]).arg(path).stdin(Stdio::null()).stdout(log).stderr(second);
-    command.spawn().map_err(|e| format!("starting {}: {e}", file.display()))
+    command.args(["probe", "--port", "80", "--format", "json", "--pin-dir"]).arg(pin_dir);
+    let output = command.output().map_err(|e| format!("running preflightd probe: {e}"))?;
+    let Ok(report) = serde_json::from_slice::<serde_json::Value>(&output.stdout) else {
+        return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+    };
+    if report["steer"] == true {
+        return Ok(());
+    }
+    let checks = report["checks"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let missing = checks.iter().filter(|check| check["status"] == "missing").map(|check| {
+        let text = |key: &str| check[key].as_str().unwrap_or_default().to_owned();
+        format!("{}: {} ({})", text("name"), text("found"), text("remedy"))
+    });
+    Err(missing.collect::<Vec<_>>().join("; "))
+}
+
+/// What the daemon says of itself on its admin socket.
+fn status(socket: &Path) -> io::Result<serde_json::Value> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.write_all(b"GET /status HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    Ok(serde_json::from_str(body)?)
+}
+
+fn strings(value: &serde_json::Value) -> Vec<&str> {
+    value.as_array().into_iter().flatten().filter_map(serde_json::Value::as_str).collect()
+}
+
+/// A BPF file system of the demo's own for what the daemon pins: nothing is left below `/sys/fs/bpf`.
+struct Pins {
+    mount: PathBuf,
+    preflightd: PathBuf,
+}
+
+impl Pins {
+    fn mount(preflightd: &Path, directory: &Path) -> Fallible<Self> {
+        let mount = directory.join(BPFFS);
+        fs::create_dir(&mount).map_err(|e| format!("making {}: {e}", mount.display()))?;
+        execute(Command::new("mount").args(["-t", "bpf", "bpf"]).arg(&mount))?;
+        Ok(Self { mount, preflightd: preflightd.to_owned() })
+    }
+
+    fn directory(&self) -> &Path {
+        &self.mount
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let mut detach = Command::new(&self.preflightd);
+        let done = execute(detach.args(["detach", "--pin-dir"]).arg(&self.mount))
+            .and_then(|()| execute(Command::new("umount").arg(&self.mount)));
+        if let Err(error) = done {
+            eprintln!("demo: cannot clean up: {error}");
+        }
+    }
 }
 
 /// Ends the daemon with its scope.
 struct Daemon(Child);
+
+impl Daemon {
+    fn start(net: &Net, file: &Path, directory: &Path, config: &str) -> Fallible<Self> {
+        let path = directory.join(CONFIG);
+        fs::write(&path, config).map_err(|e| format!("writing {}: {e}", path.display()))?;
+        let log = fs::File::create(directory.join(LOG)).map_err(|e| format!("making a log: {e}"))?;
+        let second = log.try_clone().map_err(|e| format!("making a log: {e}"))?;
+        let mut command = net.on_node(file);
+        command.args(["run", "--config"]).arg(path).stdin(Stdio::null()).stdout(log).stderr(second);
+        command.spawn().map(Self).map_err(|e| format!("starting {}: {e}", file.display()))
+    }
+}
 
 impl Drop for Daemon {
     fn drop(&mut self) {
@@ -124,7 +290,7 @@ impl Drop for Daemon {
 }
 
 struct Addresses {
-    /// Where preflightd listens.
+    /// Where clients connect.
     site: SocketAddr,
     /// Where nginx listens.
     proxy: SocketAddr,
@@ -139,33 +305,33 @@ enum Net {
 }
 
 impl Net {
-    /// Makes the namespaces if that is possible. Also gives what the viewer is told about it.
-    fn build(loopback: bool) -> (Self, String) {
-        let here = "client, preflightd and nginx on loopback";
-        if loopback {
-            return (Self::Loopback, here.to_owned());
-        }
-        if !rustix::process::geteuid().is_root() {
-            return (Self::Loopback, format!("{here} (as root each has a network namespace of its own)"));
-        }
-        match Self::namespaces() {
-            Ok(net) => {
-                (net, "client namespace ── veth ── node namespace with preflightd and nginx".to_owned())
+    /// Makes the namespaces if that is possible; else says why not.
+    fn build(loopback: bool) -> (Self, Option<String>) {
+        let why = if loopback {
+            "--loopback was asked for, and what comes by loopback is not steered".to_owned()
+        } else if !rustix::process::geteuid().is_root() {
+            "only root may steer, and make network namespaces to show it in".to_owned()
+        } else {
+            match Self::namespaces() {
+                Ok(net) => return (net, None),
+                Err(error) => format!("no network namespaces: {error}"),
             }
-            Err(error) => (Self::Loopback, format!("{here} (no namespaces: {error})")),
-        }
+        };
+        (Self::Loopback, Some(why))
     }
 
     fn namespaces() -> Fallible<Self> {
         // Root in a container may not be allowed to: asked by doing it.
         let probe = format!("pf-demo-probe-{}", process::id());
-        ip(&["netns", "add", &probe])?;
-        ip(&["netns", "delete", &probe])?;
+        let ip = || Command::new(program("ip").unwrap_or_else(|| "ip".into()));
+        execute(ip().args(["netns", "add", &probe]))?;
+        execute(ip().args(["netns", "delete", &probe]))?;
         let (client, node) = (Netns::new("demo-client"), Netns::new("demo-node"));
         client.link("eth0", &["10.77.0.2/24"], &node, "eth0", &["10.77.0.1/24"]);
         Ok(Self::Namespaces { client, node })
     }
 
+    /// For a daemon that listens.
     fn addresses(&self) -> Addresses {
         match self {
             Self::Loopback => {
@@ -193,6 +359,15 @@ impl Net {
         }
     }
 
+    /// Whether somebody listens on the node.
+    fn connects(&self, address: SocketAddr) -> bool {
+        let connect = || TcpStream::connect(address).is_ok();
+        match self {
+            Self::Loopback => connect(),
+            Self::Namespaces { node, .. } => node.enter(connect),
+        }
+    }
+
     fn on_node(&self, program: &Path) -> Command {
         match self {
             Self::Loopback => Command::new(program),
@@ -201,16 +376,13 @@ impl Net {
     }
 }
 
-fn ip(arguments: &[&str]) -> Fallible<()> {
-    let line = || format!("ip {}", arguments.join(" "));
-    let output = Command::new(program("ip").unwrap_or_else(|| "ip".into()))
-        .args(arguments)
-        .output()
-        .map_err(|e| format!("{}: {e}", line()))?;
+/// Runs a command to its end; what it says is told only if it fails.
+fn execute(command: &mut Command) -> Fallible<()> {
+    let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;
     if output.status.success() {
         return Ok(());
     }
-    Err(format!("`{}` says: {}", line(), String::from_utf8_lossy(&output.stderr).trim()))
+    Err(format!("{command:?} says: {}", String::from_utf8_lossy(&output.stderr).trim()))
 }
 
 /// Ctrl-C, SIGTERM and SIGHUP end the client's part; the set is then taken down in the ordinary way.
@@ -239,6 +411,22 @@ impl Interrupt {
         self.happened.load(Ordering::Acquire)
     }
 
+    /// Waits for something that takes a moment: until `probe` has an outcome.
+    fn wait(&self, what: &str, mut probe: impl FnMut() -> Option<Fallible<()>>) -> Fallible<()> {
+        const PATIENCE: Duration = Duration::from_secs(15);
+        let until = Instant::now() + PATIENCE;
+        while !self.happened() {
+            if let Some(outcome) = probe() {
+                return outcome;
+            }
+            if Instant::now() > until {
+                return Err(format!("waited {PATIENCE:?} in vain for {what}"));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Err("interrupted".to_owned())
+    }
+
     /// Runs the client's part to its end, or to the daemon's.
     fn run(&self, mut command: Command, daemon: &mut Child) -> Fallible<process::ExitStatus> {
         let child = command.spawn().map_err(|e| format!("starting {command:?}: {e}"))?;
@@ -254,7 +442,7 @@ impl Interrupt {
                 }
             }
             drop(child);
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
     }
 }

@@ -37,12 +37,25 @@ pub(crate) struct Scene {
     preflightd: PathBuf,
     #[arg(long)]
     config: PathBuf,
+    /// The daemon steers, and pins here
+    #[arg(long)]
+    pin_dir: Option<PathBuf>,
+}
+
+impl Scene {
+    fn is_steered(&self) -> bool {
+        self.pin_dir.is_some()
+    }
 }
 
 pub(crate) fn run(scene: &Scene) -> Fallible<()> {
     wait_ready(scene)?;
     println!("{}", scene.place);
-    println!("preflightd on {}, nginx behind it, with this policy:\n", scene.site);
+    if scene.is_steered() {
+        println!("The site is nginx's own {}; preflightd has this policy:\n", scene.site);
+    } else {
+        println!("preflightd on {}, nginx behind it, with this policy:\n", scene.site);
+    }
     for line in POLICY.lines() {
         println!("    {line}");
     }
@@ -99,11 +112,11 @@ fn watch(scene: &Scene, seen: &Seen, screen: &mut Screen) -> Fallible<()> {
         let now = Totals::read(scene, seen)?;
         let latencies = seen.take();
         let title = format!("{second:>3} of {} s", scene.seconds);
-        screen.frame(&Frame::new(title, &last, &now, latencies.clone(), seen.failed()));
+        screen.frame(&Frame::new(scene, title, &last, &now, latencies.clone(), seen.failed()));
         all.extend(latencies);
         last = now;
     }
-    screen.last(&Frame::new("altogether".to_owned(), &first, &last, all, seen.failed()));
+    screen.last(&Frame::new(scene, "altogether".to_owned(), &first, &last, all, seen.failed()));
     Ok(())
 }
 
@@ -114,6 +127,12 @@ struct Totals {
     allowed: u64,
     denied: u64,
     passed: u64,
+    preflights_passed: u64,
+    /// Steered: connections that workers got, that nginx got, that were left to the kernel, and the state.
+    to_worker: u64,
+    to_proxy: u64,
+    left: u64,
+    state: &'static str,
     daemon_cpu: Duration,
     nginx_cpu: Duration,
 }
@@ -123,12 +142,19 @@ impl Totals {
         let response = fetch(scene.admin, "/metrics").map_err(|e| format!("reading the metrics: {e}"))?;
         let metrics = Metrics::parse(&String::from_utf8_lossy(&response.body));
         let count = |outcome: &str| metrics.count("preflightd_requests_total", &[("outcome", outcome)]);
+        let flows = |to: &str| metrics.count("preflightd_steer_flows_total", &[("to", to)]);
+        let is = |state: &&str| metrics.count("preflightd_steer_state", &[("state", *state)]) == 1;
         Ok(Self {
             at: Instant::now(),
             allowed: count("allowed"),
             denied: count("denied"),
             // Seen from the client: the daemon counts a relayed connection once, whatever follows on it.
             passed: seen.passed(),
+            preflights_passed: seen.preflights_passed(),
+            to_worker: flows("worker"),
+            to_proxy: flows("proxy"),
+            left: metrics.count("preflightd_steer_fail_open_total", &[]),
+            state: ["steering", "observing", "off", "replaced"].into_iter().find(is).unwrap_or_default(),
             daemon_cpu: cpu(scene.daemon_pid),
             nginx_cpu: cpu(scene.nginx_pid),
         })
@@ -155,6 +181,7 @@ struct Frame {
     allowed: f64,
     denied: f64,
     passed: f64,
+    steered: Option<Steered>,
     p50: u64,
     p99: u64,
     daemon_cpu: f64,
@@ -162,8 +189,24 @@ struct Frame {
     failed: u64,
 }
 
+/// What is shown of steering.
+struct Steered {
+    state: &'static str,
+    to_worker: f64,
+    to_nginx: f64,
+    left: f64,
+    preflights_passed: f64,
+}
+
 impl Frame {
-    fn new(title: String, from: &Totals, to: &Totals, mut latencies: Vec<u64>, failed: u64) -> Self {
+    fn new(
+        scene: &Scene,
+        title: String,
+        from: &Totals,
+        to: &Totals,
+        mut latencies: Vec<u64>,
+        failed: u64,
+    ) -> Self {
         latencies.sort_unstable();
         let quantile = |q: usize| latencies.get(latencies.len() * q / 100).map_or(0, |ns| ns / 1000);
         let seconds = to.at.duration_since(from.at).as_secs_f64();
@@ -173,6 +216,13 @@ impl Frame {
             allowed: difference(from.allowed, to.allowed),
             denied: difference(from.denied, to.denied),
             passed: difference(from.passed, to.passed),
+            steered: scene.is_steered().then(|| Steered {
+                state: to.state,
+                to_worker: difference(from.to_worker, to.to_worker),
+                to_nginx: difference(from.to_proxy + from.left, to.to_proxy + to.left),
+                left: difference(from.left, to.left),
+                preflights_passed: difference(from.preflights_passed, to.preflights_passed),
+            }),
             p50: quantile(50),
             p99: quantile(99),
             daemon_cpu: (to.daemon_cpu.saturating_sub(from.daemon_cpu)).as_secs_f64(),
@@ -182,9 +232,18 @@ impl Frame {
     }
 
     fn line(&self) -> String {
+        let steered = self.steered.as_ref().map_or_else(String::new, |steered| {
+            format!(
+                "  {}  connections to workers {:.0}/s to nginx {:.0}/s  preflights by nginx {:.0}/s",
+                steered.state,
+                steered.to_worker / self.seconds,
+                steered.to_nginx / self.seconds,
+                steered.preflights_passed / self.seconds,
+            )
+        });
         format!(
-            "{}  answered {:.0}/s ({:.0} denied)  passed {:.0}/s  p50 {} µs  p99 {} µs  CPU preflightd {:.1} % nginx \
-             {:.1} %  failed {}",
+            "{}{steered}  answered {:.0}/s ({:.0} denied)  passed {:.0}/s  p50 {} µs  p99 {} µs  CPU preflightd {:.1} % \
+             nginx {:.1} %  failed {}",
             self.title,
             (self.allowed + self.denied) / self.seconds,
             self.denied / self.seconds,
@@ -197,17 +256,31 @@ impl Frame {
         )
     }
 
-    fn block(&self) -> [String; 6] {
+    fn block(&self) -> Vec<String> {
         let rate = |n: f64| format!("{:>7.0} /s", n / self.seconds);
-        [
-            format!("  {}", self.title),
+        let short = |n: f64| rate(n).trim().to_owned();
+        let mut lines = vec![format!("  {}", self.title)];
+        let passed = match &self.steered {
+            None => "to nginx, byte for byte".to_owned(),
+            Some(steered) => {
+                lines.push(format!("  state      {}", steered.state));
+                lines.push(format!(
+                    "  opened     {}   connections that workers got; nginx {}, of which {} by the kernel's own handshake",
+                    rate(steered.to_worker),
+                    short(steered.to_nginx),
+                    short(steered.left),
+                ));
+                format!("by nginx itself; and preflights {}", short(steered.preflights_passed))
+            }
+        };
+        lines.extend([
             format!(
-                "  answered   {}   allowed {}, denied {}",
+                "  answered   {}   preflights by workers: allowed {}, denied {}",
                 rate(self.allowed + self.denied),
-                rate(self.allowed).trim(),
-                rate(self.denied).trim()
+                short(self.allowed),
+                short(self.denied)
             ),
-            format!("  passed     {}   to nginx, byte for byte", rate(self.passed)),
+            format!("  passed     {}   {passed}", rate(self.passed)),
             format!("  latency    {:>7} µs   p50 of a preflight; p99 {} µs", self.p50, self.p99),
             format!(
                 "  CPU        {:>7.1} %    of one core for preflightd; nginx {:.1} %",
@@ -215,7 +288,8 @@ impl Frame {
                 100.0 * self.nginx_cpu / self.seconds
             ),
             format!("  failed     {:>7}", self.failed),
-        ]
+        ]);
+        lines
     }
 }
 
@@ -324,8 +398,18 @@ fn what_next(scene: &Scene) {
     if scene.stay {
         println!("    {}curl http://{}/metrics", scene.prefix, scene.admin);
         println!("    {}curl -i -X OPTIONS http://{}/v1/cart -H …", scene.prefix, scene.site);
+        if let Some(pin_dir) = &scene.pin_dir {
+            let preflightd = scene.preflightd.display();
+            println!(
+                "    {preflightd} detach --pin-dir {}      puts steering out: nginx serves everything",
+                pin_dir.display()
+            );
+        }
         println!("    edit {}: what changes in its policies is in force at once", scene.config.display());
     }
+    println!(
+        "  target/release/preflightd probe --port 80   whether this machine can steer, and what to do if not"
+    );
     println!("  target/release/preflightd check FILE        what is wrong or doubtful in a configuration");
     println!("  target/release/preflightd explain --help    why a preflight is answered or passed");
     println!("  cargo xtask bench answer     what a preflight costs, beside nginx and others");
