@@ -197,9 +197,8 @@ fn an_upgrade_in_place() {
             lab.expect_worker(&lab.preflight(site), format_args!("{site}, {i}, after the upgrade"));
         }
     }
-    let report = load.stop();
-    report.expect_flawless();
-    assert_eq!(report.proxys, 0, "workers answer all the time");
+    // While the second one puts everything in its place, preflights are the proxy's.
+    load.stop().expect_flawless();
 }
 
 #[test]
@@ -250,13 +249,15 @@ fn what_has_begun_outlives_the_daemon() {
     if lab.is_steered() {
         lab.daemon().kill();
     }
-    // Some at once, in the second in which the heartbeat is still fresh; some later.
+    // Some at once, in the second in which the heartbeat is still fresh; some later. No preflights in that second: the
+    // kernel closes a dead process's ring a little later, and a worker's socket with it; what was given to it meanwhile is
+    // reset. What is the proxy's is never.
     for (i, connection) in begun.iter_mut().chain(&mut half).enumerate() {
         if i == 50 {
             thread::sleep(STALE);
         }
         let case = connection.local();
-        if i % 2 == 0 {
+        if i < 50 || i % 2 == 0 {
             connection.send(get(HOST, "/y"));
             check_get(&connection.expect_response(), "/y");
         } else {

@@ -36,6 +36,7 @@ impl Pins {
         let remedy =
             "mount bpffs (`mount -t bpf bpf /sys/fs/bpf`) and set steer.pin_dir to a directory in it";
         let failed = |error: io::Error| Error::new(format!("pin in {}", directory.display()), remedy)(error);
+        clear_dead(pin_dir, netns, &directory);
         fs::create_dir_all(&directory).map_err(failed)?;
         if !is_bpffs(&directory).map_err(failed)? {
             // What was made must not look like pins.
@@ -74,6 +75,32 @@ impl Pins {
     fn link(&self, index: u32) -> PathBuf {
         self.directory.join(format!("{LINK}{index}"))
     }
+}
+
+/// Removes what nobody can take over: pins of namespaces that are gone (their numbers may come again), and those of other
+/// versions for this namespace. Best effort: what stays only takes memory.
+fn clear_dead(pin_dir: &Path, netns: u64, ours: &Path) {
+    let entries = fs::read_dir(pin_dir).into_iter().flatten().flatten();
+    for directory in entries.map(|entry| entry.path()).filter(|path| is_ours(path)) {
+        let same = directory.to_str().is_some_and(|name| name.ends_with(&format!("-{netns}")));
+        if (same && directory != ours) || has_only_dead_links(&directory) {
+            let files = fs::read_dir(&directory).into_iter().flatten().flatten();
+            for file in files {
+                let _ = fs::remove_file(file.path());
+            }
+            let _ = fs::remove_dir(&directory);
+            tracing::info!(directory = %directory.display(), "removed what an earlier daemon left");
+        }
+    }
+}
+
+fn has_only_dead_links(directory: &Path) -> bool {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let names = entries.filter(|entry| entry.file_name().to_str().is_some_and(|name| name.starts_with(LINK)));
+    let links: Vec<_> =
+        names.filter_map(|entry| PinnedLink::from_pin(entry.path()).ok()).map(FdLink::from).collect();
+    let is_dead = |link: &FdLink| link.info().is_ok_and(|info| !is_linked(&info_of(info.id())));
+    !links.is_empty() && links.iter().all(is_dead)
 }
 
 fn is_bpffs(path: &Path) -> io::Result<bool> {
@@ -191,4 +218,22 @@ fn wait_for_handshakes(directory: &Path, until: Instant) -> usize {
 fn is_of_this_version(directory: &Path) -> bool {
     let name = directory.file_name().and_then(|name| name.to_str());
     name.is_some_and(|name| name.starts_with(&format!("v{VERSION}-")))
+}
+
+/// The file in which the kernel tells of our descriptor of a TCX link (`tcx_link_fdinfo`, net/../bpf/tcx.c).
+pub(super) fn info_of(link: u32) -> PathBuf {
+    let wanted = format!("link_id:\t{link}\n");
+    let entries = fs::read_dir("/proc/self/fdinfo").into_iter().flatten().flatten();
+    let found = entries.map(|entry| entry.path()).find(|path| {
+        fs::read_to_string(path).is_ok_and(|text| text.contains("link_type:\ttcx") && text.contains(&wanted))
+    });
+    found.unwrap_or_default()
+}
+
+/// Whether a link still hangs on its interface. What cannot be read is taken for well.
+pub(super) fn is_linked(info: &Path) -> bool {
+    match fs::read_to_string(info) {
+        Ok(text) => !text.lines().any(|line| line == "ifindex:\t0"),
+        Err(_) => true,
+    }
 }

@@ -1,9 +1,8 @@
 //! What the daemon must see of the namespace: interfaces, routes, settings, links, firewall rules.
 
 use std::{
-    fs,
     net::{IpAddr, Ipv4Addr},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -22,6 +21,7 @@ use super::{
         interfaces::{self, Interface, Routes},
         maps::words,
         object,
+        pins::{info_of, is_linked},
         sysctl::Sysctls,
     },
     Result, Steering,
@@ -248,23 +248,5 @@ fn for_programs(interface: &Interface) -> abi::Interface {
         mss_v6: mss(60).max(1220),
         symmetric_v4: u16::from(interface.symmetric_v4 || interface.loopback),
         symmetric_v6: u16::from(interface.symmetric_v6 || interface.loopback),
-    }
-}
-
-/// The file in which the kernel tells of our descriptor of a TCX link (`tcx_link_fdinfo`, net/../bpf/tcx.c).
-fn info_of(link: u32) -> PathBuf {
-    let wanted = format!("link_id:\t{link}\n");
-    let entries = fs::read_dir("/proc/self/fdinfo").into_iter().flatten().flatten();
-    let found = entries.map(|entry| entry.path()).find(|path| {
-        fs::read_to_string(path).is_ok_and(|text| text.contains("link_type:\ttcx") && text.contains(&wanted))
-    });
-    found.unwrap_or_default()
-}
-
-/// Whether a link still hangs on its interface. What cannot be read is taken for well.
-fn is_linked(info: &Path) -> bool {
-    match fs::read_to_string(info) {
-        Ok(text) => !text.lines().any(|line| line == "ifindex:\t0"),
-        Err(_) => true,
     }
 }
