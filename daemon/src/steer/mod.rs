@@ -7,6 +7,8 @@
 use std::{error, fmt};
 
 pub mod firewall;
+#[cfg(test)]
+mod frames;
 pub mod interfaces;
 pub mod listeners;
 mod maps;
