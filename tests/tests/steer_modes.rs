@@ -198,9 +198,6 @@ fn firewalls() {
     for (name, rule) in rules {
         let Some(lab) = steered_lab(Options::default()) else { return };
         lab.wait_steered();
-        // Otherwise tracking takes a connection up from its first data, and finds nothing invalid.
-        let loose = if name == "invalid" { "0" } else { "1" };
-        lab.node().sysctl("net.netfilter.nf_conntrack_tcp_loose", loose);
         lab.node().nft(&format!(
             "table inet wall {{ chain in {{ type filter hook input priority 0; {rule}; }}; }}"
         ));

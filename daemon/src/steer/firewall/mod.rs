@@ -1,9 +1,10 @@
 //! Firewall rules that stand in the way of steering.
 //!
 //! SYNs that the eBPF program answers never meet the firewall, and the first data segment meets it without a handshake
-//! that connection tracking saw. So both are led through the rules as they are (nftables, iptables over nftables, and
-//! iptables of old): where one of them could be dropped, sent elsewhere or handed to a program, there is an obstacle.
-//! Rules are understood as far as such packets need; what is not understood counts as one that may match.
+//! that connection tracking saw. What does meet it is the copy of a SYN with FIN that ends a TIME_WAIT. So these are led
+//! through the rules as they are (nftables, iptables over nftables, and iptables of old): where one of them could be
+//! dropped, sent elsewhere or handed to a program, there is an obstacle. Rules are understood as far as such packets
+//! need; what is not understood counts as one that may match.
 //!
 //! Not looked at: IPVS, eBPF programs of others, and the bridge and ARP families.
 #![forbid(unsafe_code)]
@@ -71,14 +72,7 @@ fn own_interfaces() -> Result<Vec<Interface>, Error> {
 
 fn find(ports: &[u16], names: &[String], interfaces: &[Interface]) -> Vec<Obstacle> {
     let addresses: Vec<_> = interfaces.iter().flat_map(|interface| &interface.addresses).copied().collect();
-    // Missing: connection tracking is not there, and no rule can ask for it.
-    let loose = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_tcp_loose");
-    let scene = Scene {
-        ports,
-        interfaces: names,
-        addresses: &addresses,
-        loose: loose.map_or(true, |value| value.trim() != "0"),
-    };
+    let scene = Scene { ports, interfaces: names, addresses: &addresses, tracking: Tracking::read() };
     let mut unreadable = Vec::new();
     let chains = read(&mut unreadable);
     unreadable.extend(judge(&chains, &scene));
@@ -381,15 +375,62 @@ struct Scene<'a> {
     interfaces: &'a [String],
     /// All of the node's.
     addresses: &'a [IpAddr],
-    /// Connection tracking takes a flow whose beginning it did not see for a new one.
+    tracking: Tracking,
+}
+
+/// How connection tracking takes a flow whose beginning it did not see.
+#[derive(Clone, Copy, Debug)]
+struct Tracking {
+    /// For a new one (`nf_conntrack_tcp_loose`), else for an invalid one.
     loose: bool,
+    /// Even if it still knows an earlier connection of these ports and addresses, in whose window the data is not
+    /// (`nf_conntrack_tcp_be_liberal`).
+    liberal: bool,
+}
+
+impl Tracking {
+    /// Of the calling thread's network namespace.
+    fn read() -> Self {
+        // Missing: connection tracking is not there, and no rule can ask for it.
+        let is_set = |name: &str| {
+            let value = fs::read_to_string(format!("/proc/sys/net/netfilter/{name}"));
+            value.map_or(true, |value| value.trim() != "0")
+        };
+        Self { loose: is_set("nf_conntrack_tcp_loose"), liberal: is_set("nf_conntrack_tcp_be_liberal") }
+    }
+
+    /// What a steered flow has to do with the firewall, and the state that tracking gives it.
+    fn segments(self) -> Vec<(Segment, u8)> {
+        let mut segments = vec![
+            (Segment::Syn, state::NEW),
+            (Segment::Data, if self.loose { state::NEW } else { state::INVALID }),
+        ];
+        if self.loose && !self.liberal {
+            segments.push((Segment::LaterData, state::INVALID));
+        }
+        // Whatever the settings (`tcp_error` in net/netfilter/nf_conntrack_proto_tcp.c).
+        segments.push((Segment::SynFin, state::INVALID));
+        segments
+    }
+}
+
+/// What is led through the rules, what matters most first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Segment {
+    /// It does not meet the rules if the eBPF program answers it, but shows which clients they are against.
+    Syn,
+    /// The first one with data.
+    Data,
+    /// The same where tracking takes it for an earlier connection's: in TIME_WAIT it remembers that for two minutes.
+    LaterData,
+    /// The copy of a SYN that the eBPF program sends to the kernel to end a TIME_WAIT.
+    SynFin,
 }
 
 /// A packet that is led through the rules.
 #[derive(Clone, Debug)]
 struct Packet<'a> {
-    /// The first segment with data, else the SYN.
-    data: bool,
+    segment: Segment,
     port: u16,
     family: Family,
     interface: Option<&'a str>,
@@ -404,8 +445,12 @@ struct Packet<'a> {
 impl Packet<'_> {
     /// The flags that are known, and which of them are set.
     fn flags(&self) -> (u8, u8) {
-        use flag::{ACK, CWR, ECE, PSH, SYN};
-        if self.data { (!(PSH | ECE | CWR), ACK) } else { (!(ECE | CWR), SYN) }
+        use flag::{ACK, CWR, ECE, FIN, PSH, SYN};
+        match self.segment {
+            Segment::Syn => (!(ECE | CWR), SYN),
+            Segment::Data | Segment::LaterData => (!(PSH | ECE | CWR), ACK),
+            Segment::SynFin => (!(ECE | CWR), SYN | FIN),
+        }
     }
 
     fn is(&self, test: &Test) -> Truth {
@@ -562,10 +607,10 @@ fn judge(chains: &[Chain], scene: &Scene<'_>) -> Vec<Obstacle> {
         }
         for &interface in &interfaces {
             for &port in scene.ports {
-                for data in [false, true] {
-                    let states = if data && !scene.loose { state::INVALID } else { state::NEW };
+                for (segment, states) in scene.tracking.segments() {
                     let addresses = addresses.clone();
-                    let packet = Packet { data, port, family, interface, addresses, states, marked: false };
+                    let packet =
+                        Packet { segment, port, family, interface, addresses, states, marked: false };
                     let mut walk =
                         Walk { chains, by_name: &by_name, packet, been: HashMap::new(), found: &mut found };
                     walk.through(&bases);
@@ -573,7 +618,7 @@ fn judge(chains: &[Chain], scene: &Scene<'_>) -> Vec<Obstacle> {
             }
         }
     }
-    found.obstacles(scene)
+    found.obstacles(scene.tracking)
 }
 
 /// How a packet leaves a chain.
@@ -705,57 +750,97 @@ struct Place {
     kind: Kind,
     how: String,
     ports: BTreeSet<u16>,
-    /// The SYN too, so clients are meant, and not the missing handshake.
-    syn: bool,
+    segments: BTreeSet<Segment>,
 }
 
 impl Found {
     fn add(&mut self, name: String, kind: Kind, how: &str, packet: &Packet<'_>) {
         let i = *self.by_name.entry(name).or_insert_with_key(|name| {
             let (name, how) = (name.clone(), how.to_owned());
-            self.places.push(Place { name, kind, how, ports: BTreeSet::new(), syn: false });
+            self.places.push(Place { name, kind, how, ports: BTreeSet::new(), segments: BTreeSet::new() });
             self.places.len() - 1
         });
         self.places[i].ports.insert(packet.port);
-        self.places[i].syn |= !packet.data;
+        self.places[i].segments.insert(packet.segment);
     }
 
-    fn obstacles(self, scene: &Scene<'_>) -> Vec<Obstacle> {
-        let obstacle = |place: Place| {
-            let Place { name, kind, how, ports, syn } = place;
-            let named: Vec<_> = ports.iter().map(u16::to_string).collect();
-            let ports = format!("port{} {}", if named.len() == 1 { "" } else { "s" }, named.join(", "));
-            let packets = if syn {
-                format!("TCP packets to {ports}")
-            } else {
-                format!(
-                    "the first data of a steered flow to {ports}, whose handshake the firewall did not see"
-                )
-            };
-            let remedy = match (kind, syn) {
-                (_, false) if !scene.loose => {
-                    "set net.netfilter.nf_conntrack_tcp_loose = 1, or exempt the port from tracking (notrack)"
-                        .to_owned()
-                }
-                (_, false) => {
-                    "accept the port before that, without asking for a SYN, or exempt it from tracking (notrack)"
-                        .to_owned()
-                }
-                (Kind::Divert, _) => {
-                    "steer the port that the rule sends clients to, where the proxy listens, or take this port out of \
-                     the rule"
-                        .to_owned()
-                }
-                (Kind::Policy, _) => "accept the port for all clients before the chain's end; or, if steered flows \
-                                      may bypass it, set steer.firewall = \"ignore\""
-                    .to_owned(),
-                (Kind::Stop, _) => "accept the port before this rule; or, if steered flows may bypass it, set \
-                                    steer.firewall = \"ignore\""
-                    .to_owned(),
-            };
-            Obstacle { place: name, what: format!("may {how} {packets}"), remedy }
+    fn obstacles(self, tracking: Tracking) -> Vec<Obstacle> {
+        let obstacle = |place: Place| Obstacle {
+            what: format!("may {} {}", place.how, place.packets()),
+            remedy: place.remedy(tracking),
+            place: place.name,
         };
         self.places.into_iter().map(obstacle).collect()
+    }
+}
+
+impl Place {
+    /// Clients are meant, and not what steering makes of them.
+    fn is_for_clients(&self) -> bool {
+        self.segments.contains(&Segment::Syn)
+    }
+
+    /// What may end here, in words.
+    fn packets(&self) -> String {
+        let named: Vec<_> = self.ports.iter().map(u16::to_string).collect();
+        let ports = format!("port{} {}", if named.len() == 1 { "" } else { "s" }, named.join(", "));
+        if self.is_for_clients() {
+            return format!("TCP packets to {ports}");
+        }
+        let has = |segment| self.segments.contains(&segment);
+        let mut packets = Vec::new();
+        if has(Segment::Data) {
+            packets.push(format!(
+                "the first data of a steered flow to {ports}, whose handshake the firewall did not see"
+            ));
+        } else if has(Segment::LaterData) {
+            packets.push(format!(
+                "the first data of a steered flow to {ports}, if tracking knows an earlier one of the same client's port"
+            ));
+        }
+        if has(Segment::SynFin) {
+            packets.push(format!(
+                "the copy of a SYN to {ports} with FIN, which ends a TIME_WAIT (clients that reuse a port within a \
+                 minute would hang)"
+            ));
+        }
+        packets.join(", and ")
+    }
+
+    fn remedy(&self, tracking: Tracking) -> String {
+        if self.is_for_clients() {
+            let remedy = match self.kind {
+                Kind::Divert => {
+                    "steer the port that the rule sends clients to, where the proxy listens, or take this port out of \
+                     the rule"
+                }
+                Kind::Policy => {
+                    "accept the port for all clients before the chain's end; or, if steered flows may bypass it, set \
+                     steer.firewall = \"ignore\""
+                }
+                Kind::Stop => {
+                    "accept the port before this rule; or, if steered flows may bypass it, set \
+                     steer.firewall = \"ignore\""
+                }
+            };
+            return remedy.to_owned();
+        }
+        let place = if self.kind == Kind::Policy { "the chain's end" } else { "this rule" };
+        let remedy = format!(
+            "accept the port before {place}, without asking for a SYN or a state; or, if it is the state that decides, \
+             exempt the port from tracking (notrack in raw); or, if such flows may be lost, set \
+             steer.firewall = \"ignore\""
+        );
+        // The flags alone make the copy invalid, and a missing SYN is missing whatever the settings.
+        let settings = match (tracking.loose, self.segments.first()) {
+            (false, Some(Segment::Data)) => {
+                "net.netfilter.nf_conntrack_tcp_loose = 1 and net.netfilter.nf_conntrack_tcp_be_liberal = 1"
+            }
+            (true, Some(Segment::LaterData)) => "net.netfilter.nf_conntrack_tcp_be_liberal = 1",
+            _ => return remedy,
+        };
+        let helps = if self.segments.contains(&Segment::SynFin) { "for the data alone: " } else { "or set " };
+        format!("{remedy}; {helps}{settings}")
     }
 }
 
