@@ -308,7 +308,7 @@ impl Net {
     /// Makes the namespaces if that is possible; else says why not.
     fn build(loopback: bool) -> (Self, Option<String>) {
         let why = if loopback {
-            "--loopback was asked for, and what comes by loopback is not steered".to_owned()
+            "--loopback was asked for".to_owned()
         } else if !rustix::process::geteuid().is_root() {
             "only root may steer, and make network namespaces to show it in".to_owned()
         } else {
