@@ -54,8 +54,9 @@ impl Display for Variant {
 pub const BODY: &str = "hello\n";
 /// The interface of each node that its clients come in by.
 pub const INTERFACE: &str = "eth0";
-/// How many addresses the client has in each node's network.
-const CLIENTS: u8 = 16;
+/// How many addresses the clients have in each node's network: so many that addresses and ports seldom come again while
+/// their last connection is in TIME_WAIT.
+const CLIENTS: u8 = 128;
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// A directory in memory, and a promise that Ctrl-C leaves nothing behind.

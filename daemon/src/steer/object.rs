@@ -40,7 +40,7 @@ struct Field {
     otherwise: i32,
 }
 
-const FIELDS: &[Field] = &[
+const FIELDS: [Field; 7] = [
     Field { magic: 0x7a01, of: "sock", name: "sk_ack_backlog", otherwise: 0 },
     Field { magic: 0x7a02, of: "sock", name: "sk_max_ack_backlog", otherwise: i32::MAX },
     Field { magic: 0x7a03, of: "tcp_sock", name: "is_mptcp", otherwise: 0 },
@@ -69,10 +69,20 @@ pub(super) struct Fitted {
 /// Loads the maps, and finds out what the kernel can run. `pins`: a directory of bpffs where maps are pinned, or found
 /// if they are there already. `pending`: entries of the map of connections that wait.
 pub(super) fn load(pins: Option<&Path>, pending: u32) -> Result<Fitted, Error> {
+    fit_and_load(Fit::of_this_kernel(), pins, pending)
+}
+
+fn fit_and_load(fit: Result<Fit, Error>, pins: Option<&Path>, pending: u32) -> Result<Fitted, Error> {
     let mut elf = OBJECT.to_vec();
-    let fit = Fit::of_this_kernel();
     let time_wait = fit.as_ref().is_ok_and(|fit| fit.fields[3..].iter().all(Option::is_some));
-    let cannot_steer = fit.and_then(|fit| fit.apply(&mut elf)).err();
+    let cannot_steer = match fit {
+        Ok(fit) => fit.apply(&mut elf).err(),
+        // The program that observes has fields in it too, and the verifier would refuse their magic offsets.
+        Err(error) => {
+            Fit::NOTHING.apply(&mut elf)?;
+            Some(error)
+        }
+    };
     let mut loader = EbpfLoader::new();
     // aya asks for it only to relocate types, which the object does not need; and not every kernel has it.
     let btf = Btf::from_sys_fs().ok();
@@ -187,12 +197,16 @@ impl EmptyProgram {
 
 /// Where the running kernel has what the object asks for.
 struct Fit {
-    functions: Vec<u32>,
-    types: Vec<u32>,
-    fields: Vec<Option<u16>>,
+    functions: [u32; FUNCTIONS.len()],
+    types: [u32; TYPES.len()],
+    fields: [Option<u16>; FIELDS.len()],
 }
 
 impl Fit {
+    /// For a kernel that cannot steer: the program that does is not loaded, the others call nothing and read nothing.
+    const NOTHING: Self =
+        Self { functions: [0; FUNCTIONS.len()], types: [0; TYPES.len()], fields: [None; FIELDS.len()] };
+
     fn of_this_kernel() -> Result<Self, Error> {
         let remedy =
             "steering needs Linux 6.9 or later, built with BTF (CONFIG_DEBUG_INFO_BTF); observe instead";
@@ -208,13 +222,17 @@ impl Fit {
         };
         let is_function = |found: &Type| matches!(found, Type::Func(_));
         let is_structure = |found: &Type| matches!(found, Type::Struct(_));
-        let functions = FUNCTIONS.iter().map(|(_, name)| find("function", name, is_function));
-        let structures = TYPES.iter().map(|(_, name)| find("structure", name, is_structure));
-        Ok(Self {
-            functions: functions.collect::<Result<_, _>>()?,
-            types: structures.collect::<Result<_, _>>()?,
-            fields: FIELDS.iter().map(|field| offset(&types, field)).collect(),
-        })
+        let mut fit = Self::NOTHING;
+        for (id, (_, name)) in fit.functions.iter_mut().zip(FUNCTIONS) {
+            *id = find("function", name, is_function)?;
+        }
+        for (id, (_, name)) in fit.types.iter_mut().zip(TYPES) {
+            *id = find("structure", name, is_structure)?;
+        }
+        for (at, field) in fit.fields.iter_mut().zip(&FIELDS) {
+            *at = offset(&types, field);
+        }
+        Ok(fit)
     }
 
     /// Puts it all in.
@@ -293,6 +311,20 @@ fn bit_offset(types: &btf_rs::Btf, members: &[btf_rs::Member], name: &str) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Below Linux 6.9, or without BTF.
+    #[test]
+    fn a_kernel_that_cannot_steer_can_observe() {
+        if !super::super::netns::tests::have_root() {
+            return;
+        }
+        let unfit = Err(Error::new("find the function", "observe instead")("there is none"));
+        let mut fitted = fit_and_load(unfit, None, 1024).expect("the maps load");
+        assert!(fitted.cannot_steer.is_some() && !fitted.time_wait);
+        for name in ["observe", "sweep_pending"] {
+            load_program(&mut fitted.ebpf, name).unwrap_or_else(|error| panic!("{error}"));
+        }
+    }
 
     #[test]
     fn the_object_loads() {

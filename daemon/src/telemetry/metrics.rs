@@ -243,7 +243,7 @@ fn describe_steer() {
     describe_gauge!("preflightd_steer_pending_limit", "How many of them fit.");
     describe_gauge!(
         "preflightd_steer_port_disengaged",
-        "1: connections to the port are not deferred any more, for they are not plain HTTP; the status says why."
+        "1: connections to the port are not deferred for a while, for they were not plain HTTP; the status says why."
     );
     describe_gauge!("preflightd_steer_interface", "1 for each interface that has the program.");
     describe_counter!(

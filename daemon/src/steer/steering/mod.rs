@@ -425,8 +425,11 @@ impl Steering {
     }
 
     fn state(&self) -> State {
+        let works = self.attached.values().any(|attached| !attached.removed);
         match (self.replaced, self.config.state) {
             (true, _) => State::Replaced,
+            // Nothing comes to the programs.
+            _ if !works => State::Off,
             (_, state::DEFER) => State::Steering,
             (_, state::OBSERVE) => State::Observing,
             _ => State::Off,
