@@ -212,7 +212,10 @@ fn passthrough(scene: &Scene<'_>, figures: &mut Vec<Figure>) -> io::Result<Strin
             |round| eprintln!("round {} of {}, {} slices", round + 1, arguments.rounds, keys.len()),
             |(kind, timestamps, variant)| {
                 set_timestamps(timestamps)?;
-                scene.slice(kind, &scene.nodes[&variant])
+                scene.slice(kind, &scene.nodes[&variant]).map_err(|error| {
+                    let without = if timestamps { "" } else { ", no timestamps" };
+                    io::Error::new(error.kind(), format!("{kind}{without}, {variant}: {error}"))
+                })
             },
         )
     })?;

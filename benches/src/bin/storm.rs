@@ -255,7 +255,8 @@ fn figures(arguments: &Arguments, rounds: &Rounds<Key, Sample>, saturation: f64)
         let offered = rounds.estimate(storm, |one| one.sent / saturation);
         add(name("storm_sent_vs_saturation"), offered, "ratio", "nginx's saturation")?;
     }
-    add("nginx_saturation_per_second".into(), Some(saturation.into()), "1/s", "")?;
+    let estimate = saturation.into();
+    figures.push(Figure { name: "nginx_saturation_per_second".into(), estimate, unit: "1/s", peer: "" });
     Ok(figures)
 }
 
