@@ -1,6 +1,8 @@
 //! What `run` has to do with steering, and `preflightd detach`. A build without the feature `ebpf` only says so.
 
-use super::{Detach, Failure, print};
+#[cfg(feature = "ebpf")]
+use super::print;
+use super::{Detach, Failure};
 use crate::{
     config::{Config, Steer},
     policy::{ListenerId, PolicySpec},
