@@ -24,6 +24,8 @@ use crate::{
 
 /// The least MSS with which the kernel makes connections from a cookie (`bpf_sk_assign_tcp_reqsk`).
 const LEAST_MSS: [u16; 2] = [1220, 536];
+/// `BPF_NOEXIST`: an entry that is there stays.
+const NEW_ONLY: u64 = 1;
 /// The loopback interface of every namespace.
 const LOOPBACK: u32 = 1;
 const SHOT: i32 = TC_ACT_SHOT;
@@ -90,7 +92,6 @@ fn observe(packet: &Packet, service: &Service, now: u64) {
         ..Pending::default()
     };
     // Not in place of one that waits.
-    const NEW_ONLY: u64 = 1; // BPF_NOEXIST
     if maps::PENDING.insert(packet.flow, pending, NEW_ONLY).is_ok() {
         maps::count(event::Inserted);
     }
