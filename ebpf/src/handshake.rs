@@ -24,8 +24,6 @@ use crate::{
 
 /// The least MSS with which the kernel makes connections from a cookie (`bpf_sk_assign_tcp_reqsk`).
 const LEAST_MSS: [u16; 2] = [1220, 536];
-/// `BPF_NOEXIST`: an entry that is there stays.
-const NEW_ONLY: u64 = 1;
 /// The loopback interface of every namespace.
 const LOOPBACK: u32 = 1;
 const SHOT: i32 = TC_ACT_SHOT;
@@ -51,9 +49,7 @@ pub(crate) fn fragmented_syn() -> i32 {
 pub(crate) fn syn(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
     let (Some(config), Some(service)) = (maps::config(), maps::service(&packet.flow)) else { return NEXT };
     let now = maps::now();
-    if let Some(pending) = maps::PENDING.get_ptr_mut(packet.flow)
-        && deferring
-    {
+    if deferring && let Some(pending) = maps::pending(&packet.flow) {
         // SAFETY: as in `verdict::segment`.
         let pending = unsafe { &mut *pending };
         let again = pending.client_isn == packet.seq;
@@ -91,10 +87,8 @@ fn observe(packet: &Packet, service: &Service, now: u64) {
         row: service.row as u16,
         ..Pending::default()
     };
-    // Not in place of one that waits.
-    if maps::PENDING.insert(packet.flow, pending, NEW_ONLY).is_ok() {
-        maps::count(event::Inserted);
-    }
+    // Not in place of one that waits. Where the map refuses, a connection is not counted, nothing else.
+    let _ = maps::remember(&packet.flow, &pending, false);
 }
 
 /// Answers the SYN, or says why not.
@@ -188,19 +182,18 @@ fn answer_syn(
         stage: stage::DEFERRED,
         row: service.row as u16,
     };
-    if maps::PENDING.insert(packet.flow, pending, 0).is_err() {
+    if !maps::remember(&packet.flow, &pending, true) {
         return leave(fail_open::Insert);
     }
-    maps::count(event::Inserted);
     if asked.reuse && !end_time_wait(skb, packet) {
-        forget(packet);
+        maps::forget(&packet.flow);
         return leave(fail_open::TimeWait);
     }
     let ts_value = tick.wrapping_add(clock_offset);
     let reply = syn_ack(packet, config, interface, &pending, ts_value, asked.options.ts_value);
     match send(skb, packet, &reply) {
         sent::UNTOUCHED => {
-            forget(packet);
+            maps::forget(&packet.flow);
             leave(fail_open::Reply)
         }
         // The client sends its SYN again.
@@ -289,14 +282,6 @@ fn challenge(skb: *mut __sk_buff, packet: &Packet, config: &Config, pending: &Pe
             maps::count(event::Challenge);
             verdict
         }
-    }
-}
-
-/// Forgets a connection.
-#[inline(always)]
-pub(crate) fn forget(packet: &Packet) {
-    if maps::PENDING.remove(packet.flow).is_ok() {
-        maps::count(event::Removed);
     }
 }
 

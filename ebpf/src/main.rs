@@ -30,6 +30,7 @@ const SAMPLED: u64 = 64;
 
 /// TC ingress: defers, decides, gives.
 #[classifier]
+#[inline(always)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes it so")]
 fn steer(ctx: TcContext) -> i32 {
     ingress(ctx.skb.skb, true)

@@ -55,6 +55,13 @@ static ROUTES: LpmTrie<[u32; 4], u32> = LpmTrie::with_max_entries(MAX_ROUTES, 0)
 #[map]
 pub(crate) static PENDING: LruHashMap<Flow, Pending> = LruHashMap::with_max_entries(DEFAULT_PENDING, 0);
 
+/// Connections of which `PENDING` has no entry, each in the place that its hash gives it: what nearly every packet is found
+/// in, for a third of what it costs not to be found in `PENDING`. Whoever comes later has the place. CPUs may write one at
+/// the same time; what is then torn would have to be a third connection of the same place, while that one waits.
+#[map]
+static SETTLED: Array<Flow> = Array::with_max_entries(1 << SETTLED_BITS, 0);
+const SETTLED_BITS: u32 = 14;
+
 /// Listening sockets of workers.
 #[map]
 static SOCKETS: SockMap = SockMap::with_max_entries(MAX_SOCKETS, 0);
@@ -181,6 +188,60 @@ pub(crate) fn service(flow: &Flow) -> Option<&'static Service> {
 pub(crate) fn interface(index: u32) -> Option<&'static Interface> {
     // SAFETY: as in `service`.
     unsafe { INTERFACES.get(index) }
+}
+
+/// The entry of a connection.
+#[inline(always)]
+pub(crate) fn pending(flow: &Flow) -> Option<*mut Pending> {
+    PENDING.get_ptr_mut(flow)
+}
+
+/// Makes the entry of a connection, in place of one that is there with `replace`; false: the map refuses.
+#[inline(always)]
+pub(crate) fn remember(flow: &Flow, pending: &Pending, replace: bool) -> bool {
+    const NEW_ONLY: u64 = 1; // BPF_NOEXIST
+    let done = PENDING.insert(flow, pending, if replace { 0 } else { NEW_ONLY }).is_ok();
+    if done {
+        count(event::Inserted);
+        // Afterwards: until the entry was there, a late packet of an earlier connection might have settled it again.
+        if let Some(place) = settled_place(flow)
+            && *place == *flow
+        {
+            *place = Flow::default();
+        }
+    }
+    done
+}
+
+/// Whether a connection is known to have no entry.
+#[inline(always)]
+pub(crate) fn is_settled(flow: &Flow) -> bool {
+    settled_place(flow).is_some_and(|place| *place == *flow)
+}
+
+/// Remembers that a connection has no entry.
+#[inline(always)]
+pub(crate) fn settle(flow: &Flow) {
+    if let Some(place) = settled_place(flow) {
+        *place = *flow;
+    }
+}
+
+#[inline(always)]
+fn settled_place(flow: &Flow) -> Option<&'static mut Flow> {
+    let address = u64::from(flow.client[2] ^ flow.client[3]);
+    let ports = u64::from(flow.client_port) << 16 | u64::from(flow.server_port);
+    let hash = (address << 32 | ports).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    // SAFETY: plain words, which other CPUs may write too; `SETTLED` says what comes of that.
+    SETTLED.get_ptr_mut((hash >> (64 - SETTLED_BITS)) as u32).map(|place| unsafe { &mut *place })
+}
+
+/// Removes the entry of a connection.
+#[inline(always)]
+pub(crate) fn forget(flow: &Flow) {
+    if PENDING.remove(flow).is_ok() {
+        count(event::Removed);
+    }
 }
 
 /// By which interface an address is reached; 0: not surely by one.

@@ -23,8 +23,9 @@ const PACKET_HOST: u32 = 0;
 /// No `Option`, for the same reason as with [`Frame`].
 const TO_THE_END: u32 = u32::MAX;
 
-/// A TCP segment.
+/// A TCP segment. Aligned so that it is cleared by whole words.
 #[derive(Default)]
+#[repr(align(8))]
 pub(crate) struct Packet {
     pub(crate) flow: Flow,
     pub(crate) seq: u32,

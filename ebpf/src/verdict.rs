@@ -25,7 +25,10 @@ const ENOMEM: i32 = -12;
 /// A segment without SYN to a served port. `deferring`: this is the program that defers.
 #[inline(always)]
 pub(crate) fn segment(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
-    let Some(pending) = maps::PENDING.get_ptr_mut(packet.flow) else {
+    if maps::is_settled(&packet.flow) {
+        return settled(skb, packet);
+    }
+    let Some(pending) = maps::pending(&packet.flow) else {
         return without_entry(skb, packet, deferring);
     };
     // SAFETY: packets of one connection come one after the other but for odd cases, in which one of them wins.
@@ -54,13 +57,13 @@ fn observed(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 
     if packet.data == 0 {
         if packet.flags & (flags::FIN | flags::RST) != 0 {
             maps::count_port(row, kind::Silent);
-            handshake::forget(packet);
+            maps::forget(&packet.flow);
         } else if pending.server_isn == 0 {
             pending.server_isn = packet.ack;
         } else if pending.server_isn != packet.ack {
             // It has acknowledged data before it has sent any.
             maps::count_port(row, kind::ServerFirst);
-            handshake::forget(packet);
+            maps::forget(&packet.flow);
         }
         return NEXT;
     }
@@ -70,7 +73,7 @@ fn observed(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 
         let opens = if spoken { kind::ServerFirst } else { classify(skb, packet).kind };
         maps::count_port(row, opens);
     }
-    handshake::forget(packet);
+    maps::forget(&packet.flow);
     NEXT
 }
 
@@ -82,7 +85,7 @@ fn waiting(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
         if offset == 0 {
             maps::count(event::ClientReset);
             maps::count_port(u32::from(pending.row), kind::Silent);
-            handshake::forget(packet);
+            maps::forget(&packet.flow);
         }
         return NEXT;
     }
@@ -147,7 +150,7 @@ fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &C
 fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
     if !matches!(sockets::meets(skb, packet, None), Meets::Listener(_)) {
         // It has, or there is nothing left of it.
-        handshake::forget(packet);
+        maps::forget(&packet.flow);
         return NEXT;
     }
     let offset = offset(packet, pending);
@@ -155,7 +158,7 @@ fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
         && packet.ack == pending.server_isn.wrapping_add(1);
     if !right {
         if packet.flags & flags::RST != 0 {
-            handshake::forget(packet);
+            maps::forget(&packet.flow);
         }
         return NEXT;
     }
@@ -176,18 +179,30 @@ fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
     SHOT
 }
 
-/// What an established connection pays: one look-up above. Behind it only what a full map, or observing, makes needful.
+/// What nearly every packet is: of a connection that waits for nothing.
+#[inline(always)]
+fn settled(skb: *mut __sk_buff, packet: &Packet) -> i32 {
+    if packet.data >= 8 && maps::config().is_some_and(|config| config.state == state::OBSERVE) {
+        count_pooled(skb, packet);
+    }
+    NEXT
+}
+
+/// No entry: settled from now on, unless entries are being evicted, and this was perhaps one of them.
 #[inline(always)]
 fn without_entry(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
     let Some(config) = maps::config() else { return NEXT };
-    if config.state == state::OBSERVE && packet.data >= 8 {
-        count_pooled(skb, packet);
+    if deferring && config.flags & config_flags::PRESSURE != 0 {
+        let wanted = flags::ACK | flags::SYN | flags::RST;
+        if packet.flags & wanted != flags::ACK {
+            return NEXT;
+        }
+        if matches!(sockets::meets(skb, packet, None), Meets::Listener(_)) {
+            return evicted(skb, packet, config);
+        }
     }
-    let wanted = flags::ACK | flags::SYN | flags::RST;
-    if !deferring || config.flags & config_flags::PRESSURE == 0 || packet.flags & wanted != flags::ACK {
-        return NEXT;
-    }
-    evicted(skb, packet, config)
+    maps::settle(&packet.flow);
+    settled(skb, packet)
 }
 
 /// OPTIONS on a connection that began with something else.
@@ -202,12 +217,9 @@ fn count_pooled(skb: *mut __sk_buff, packet: &Packet) {
     }
 }
 
-/// Entries are being evicted: perhaps this connection's. If its cookie is good it gets its entry back.
+/// A listener would get it while entries are being evicted. If its cookie is good it gets its entry back.
 #[inline(always)]
 fn evicted(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> i32 {
-    if !matches!(sockets::meets(skb, packet, None), Meets::Listener(_)) {
-        return NEXT;
-    }
     let now = maps::now();
     if !maps::take_cookie(config, now) {
         maps::count(event::CookieBudget);
@@ -235,13 +247,11 @@ fn evicted(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> i32 {
         stage: stage::ACKNOWLEDGED,
         row: service.row as u16,
     };
-    if maps::PENDING.insert(packet.flow, pending, 0).is_ok() {
-        maps::count(event::Inserted);
-    }
-    // From now on it is the proxy's: there is no time to be choosy.
+    let _ = maps::remember(&packet.flow, &pending, true);
     if packet.data == 0 && packet.flags & flags::FIN == 0 {
         return SHOT;
     }
+    // The proxy's: there is no time to be choosy.
     give_to_proxy(skb, packet, &mut pending)
 }
 

@@ -29,6 +29,7 @@ pub(crate) fn build(root: &Path, arch: &str, little_endian: bool) -> Result<Path
         "-Ctarget-cpu=v3",
         "-Cdebuginfo=2", // what --btf makes the type information from
         "-Clink-arg=--btf",
+        "-Clink-arg=--disable-expand-memcpy-in-order", // else what is cleared is cleared by a call, byte by byte
     ]
     .join("\x1f");
     let status = cargo

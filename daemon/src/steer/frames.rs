@@ -22,6 +22,7 @@ use super::{
 };
 
 const NEXT: i32 = -1;
+const SHOT: i32 = 2;
 const REDIRECT: i32 = 7;
 const CLIENT_PORT: u16 = 50_000;
 
@@ -186,6 +187,84 @@ fn syns_that_are_left_to_the_kernel() {
 
 #[test]
 fn the_bytes_of_a_syn_ack() {
+    while_listening(|bench| {
+        let mut port = CLIENT_PORT;
+        for options in [LINUX, &[2, 4, 5, 0xb4], &[2, 4, 5, 0xb4, 1, 1, 4, 2], &[2, 4, 5, 0xb4, 1, 3, 3, 7]] {
+            let syn = tcp(80, flags::SYN | flags::ECE | flags::CWR, options, b"");
+            for (ip, frame) in [(20, v4(&ipv4(5, 0, 6), &syn)), (40, v6(6, &[], &syn))] {
+                port += 1;
+                let frame = from_port(frame, ip, port);
+                let (again_before, inserted_before) =
+                    (bench.event(event::SynAgain), bench.event(event::Inserted));
+                bench.maps.beat(true).expect("HEARTBEAT");
+                let (verdict, reply) = bench.run("steer", &frame);
+                assert_eq!(verdict, REDIRECT, "{options:?}: {:?}", bench.fail_opens());
+                let tcp = 14 + ip;
+                assert_eq!(reply[..6], frame[6..12], "to whom it came from");
+                assert_eq!(reply[12..14], frame[12..14]);
+                let (source, sent) = if ip == 20 { (26..30, 30..34) } else { (22..38, 38..54) };
+                assert_eq!(reply[source.clone()], frame[sent.clone()]);
+                assert_eq!(reply[sent], frame[source]);
+                assert_eq!(
+                    reply[tcp..tcp + 4],
+                    [&80_u16.to_be_bytes()[..], &port.to_be_bytes()].concat(),
+                    "the ports"
+                );
+                assert_eq!(
+                    reply[tcp + 8..tcp + 12],
+                    0x0102_0305_u32.to_be_bytes(),
+                    "the client's number and 1"
+                );
+                assert_eq!(reply[tcp + 13], flags::SYN | flags::ACK | flags::ECE);
+                assert_eq!(reply[tcp + 14..tcp + 16], 64_240_u16.to_be_bytes(), "the window");
+                let length = usize::from(reply[tcp + 12] >> 4) * 4;
+                assert_eq!(reply.len(), tcp + length, "no more and no less");
+                let (asked, got) = (read_options(options), read_options(&reply[tcp + 20..]));
+                assert_eq!((got.present, got.odd), (asked.present, 0), "{options:?}");
+                assert_eq!(got.mss, if ip == 20 { 1460 } else { 1440 });
+                assert_eq!(got.ts_echo, asked.ts_value);
+                assert_eq!(checksum(&reply, ip), 0, "{options:?}: the checksum is right");
+                if ip == 20 {
+                    assert_eq!(folded(&reply[14..34], 0), 0xffff, "the header's too");
+                    assert_eq!(reply[16..18], u16::try_from(reply.len() - 14).expect("short").to_be_bytes());
+                }
+                // The same SYN again: the same number.
+                let (_, again) = bench.run("steer", &frame);
+                assert_eq!(again[tcp + 4..tcp + 8], reply[tcp + 4..tcp + 8]);
+                assert_eq!(bench.event(event::SynAgain) - again_before, 1);
+                assert_eq!(bench.event(event::Inserted) - inserted_before, 1);
+            }
+        }
+    });
+}
+
+/// A late packet of an earlier connection between the same ends must not hide the new one's.
+#[test]
+fn a_connection_that_waited_for_nothing_waits() {
+    while_listening(|bench| {
+        for (name, ip, framed) in [
+            ("IPv4", 20, (|tcp| v4(&ipv4(5, 0, 6), tcp)) as fn(&[u8]) -> Vec<u8>),
+            ("IPv6", 40, |tcp| v6(6, &[], tcp)),
+        ] {
+            let ack = framed(&tcp(80, flags::ACK, &[], b"GET / HT"));
+            for _ in 0..2 {
+                assert_eq!(bench.run("steer", &ack).0, NEXT, "{name}: nobody knows of it");
+            }
+            let (verdict, reply) = bench.run("steer", &framed(&tcp(80, flags::SYN, LINUX, b"")));
+            assert_eq!(verdict, REDIRECT, "{name}: {:?}", bench.fail_opens());
+            let number = 14 + ip + 4;
+            let number = u32::from_be_bytes(reply[number..number + 4].try_into().expect("four bytes"));
+            let mut ack = tcp(80, flags::ACK, &[], b"");
+            ack[4..8].copy_from_slice(&0x0102_0305_u32.to_be_bytes());
+            ack[8..12].copy_from_slice(&number.wrapping_add(1).to_be_bytes());
+            assert_eq!(bench.run("steer", &framed(&ack)).0, SHOT, "{name}: it waits");
+            assert_eq!(bench.run("steer", &framed(&ack)).0, SHOT, "{name}: and goes on waiting");
+        }
+    });
+}
+
+/// Runs `body` in a namespace where somebody listens, on both families.
+fn while_listening(body: impl FnOnce(&mut Bench) + Send) {
     if !have_root() {
         return;
     }
@@ -195,59 +274,7 @@ fn the_bytes_of_a_syn_ack() {
         .enter(|| {
             let _v4 = TcpListener::bind("127.0.0.1:80").expect("the namespace is ours");
             let _v6 = TcpListener::bind("[::1]:80").expect("the namespace is ours");
-            let mut bench = Bench::new(80, deferring());
-            let mut port = CLIENT_PORT;
-            for options in
-                [LINUX, &[2, 4, 5, 0xb4], &[2, 4, 5, 0xb4, 1, 1, 4, 2], &[2, 4, 5, 0xb4, 1, 3, 3, 7]]
-            {
-                let syn = tcp(80, flags::SYN | flags::ECE | flags::CWR, options, b"");
-                for (ip, frame) in [(20, v4(&ipv4(5, 0, 6), &syn)), (40, v6(6, &[], &syn))] {
-                    port += 1;
-                    let frame = from_port(frame, ip, port);
-                    let (again_before, inserted_before) =
-                        (bench.event(event::SynAgain), bench.event(event::Inserted));
-                    bench.maps.beat(true).expect("HEARTBEAT");
-                    let (verdict, reply) = bench.run("steer", &frame);
-                    assert_eq!(verdict, REDIRECT, "{options:?}: {:?}", bench.fail_opens());
-                    let tcp = 14 + ip;
-                    assert_eq!(reply[..6], frame[6..12], "to whom it came from");
-                    assert_eq!(reply[12..14], frame[12..14]);
-                    let (source, sent) = if ip == 20 { (26..30, 30..34) } else { (22..38, 38..54) };
-                    assert_eq!(reply[source.clone()], frame[sent.clone()]);
-                    assert_eq!(reply[sent], frame[source]);
-                    assert_eq!(
-                        reply[tcp..tcp + 4],
-                        [&80_u16.to_be_bytes()[..], &port.to_be_bytes()].concat(),
-                        "the ports"
-                    );
-                    assert_eq!(
-                        reply[tcp + 8..tcp + 12],
-                        0x0102_0305_u32.to_be_bytes(),
-                        "the client's number and 1"
-                    );
-                    assert_eq!(reply[tcp + 13], flags::SYN | flags::ACK | flags::ECE);
-                    assert_eq!(reply[tcp + 14..tcp + 16], 64_240_u16.to_be_bytes(), "the window");
-                    let length = usize::from(reply[tcp + 12] >> 4) * 4;
-                    assert_eq!(reply.len(), tcp + length, "no more and no less");
-                    let (asked, got) = (read_options(options), read_options(&reply[tcp + 20..]));
-                    assert_eq!((got.present, got.odd), (asked.present, 0), "{options:?}");
-                    assert_eq!(got.mss, if ip == 20 { 1460 } else { 1440 });
-                    assert_eq!(got.ts_echo, asked.ts_value);
-                    assert_eq!(checksum(&reply, ip), 0, "{options:?}: the checksum is right");
-                    if ip == 20 {
-                        assert_eq!(folded(&reply[14..34], 0), 0xffff, "the header's too");
-                        assert_eq!(
-                            reply[16..18],
-                            u16::try_from(reply.len() - 14).expect("short").to_be_bytes()
-                        );
-                    }
-                    // The same SYN again: the same number.
-                    let (_, again) = bench.run("steer", &frame);
-                    assert_eq!(again[tcp + 4..tcp + 8], reply[tcp + 4..tcp + 8]);
-                    assert_eq!(bench.event(event::SynAgain) - again_before, 1);
-                    assert_eq!(bench.event(event::Inserted) - inserted_before, 1);
-                }
-            }
+            body(&mut Bench::new(80, deferring()));
         })
         .expect("entered");
 }
