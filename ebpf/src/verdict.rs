@@ -164,9 +164,13 @@ fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
     }
     let speaks = packet.data != 0 || packet.flags & flags::FIN != 0;
     let since = ((maps::now() >> TICK_SHIFT) as u32).wrapping_sub(pending.touched);
-    if offset == 0 && speaks && since <= AGAIN {
-        // Not yet: there was no room. The worker had its chance. Not for long: what was served and is gone must not be
-        // served a second time.
+    if offset == 0 && speaks {
+        if since > AGAIN {
+            // What was served and is gone must not be served a second time: the kernel resets it.
+            maps::forget(&packet.flow);
+            return NEXT;
+        }
+        // Not yet: there was no room. The worker had its chance.
         maps::count(event::GivenAgain);
         return give_to_proxy(skb, packet, pending);
     }
@@ -247,11 +251,12 @@ fn evicted(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> i32 {
         stage: stage::ACKNOWLEDGED,
         row: service.row as u16,
     };
-    let _ = maps::remember(&packet.flow, &pending, true);
     if packet.data == 0 && packet.flags & flags::FIN == 0 {
+        let _ = maps::remember(&packet.flow, &pending, true);
         return SHOT;
     }
-    // The proxy's: there is no time to be choosy.
+    // The proxy's: there is no time to be choosy. Without an entry: what comes next meets the kernel's connection, or, if it
+    // made none, proves itself again.
     give_to_proxy(skb, packet, &mut pending)
 }
 
