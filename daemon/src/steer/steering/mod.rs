@@ -102,6 +102,8 @@ pub struct Steering {
     changes: Option<firewall::Changes>,
     looking: Option<mpsc::Receiver<std::result::Result<Vec<String>, String>>>,
     replaced: bool,
+    /// What the programs were told of addresses and ports; `None`: that may be something else.
+    served: Option<HashMap<Endpoint, AbiService>>,
     /// Addresses and ports that do not fit.
     beyond: usize,
     max_pending: u32,
@@ -203,6 +205,7 @@ impl Steering {
             changes: None,
             looking: None,
             replaced: false,
+            served: None,
             beyond: 0,
             max_pending,
             cpus: aya::util::online_cpus().map_or(1, |cpus| cpus.len() as u64),
@@ -261,7 +264,7 @@ impl Steering {
     pub fn engage(&mut self, policies: &[PolicySpec]) -> Result<()> {
         let (earlier, predecessor) = (self.maps.config()?, self.maps.owner()?);
         self.owner = loop {
-            let number: u32 = random()?;
+            let number = random()?[0] as u32;
             if number != 0 && number != predecessor {
                 break number;
             }
@@ -302,6 +305,9 @@ impl Steering {
     /// # Errors
     /// The kernel refuses the map.
     pub fn set_policies(&mut self, policies: &[PolicySpec]) -> Result<()> {
+        if !self.is_in_charge()? {
+            return Ok(());
+        }
         self.maps.set_hosts(&hosts(&self.services, policies))
     }
 
@@ -324,13 +330,7 @@ impl Steering {
     /// # Errors
     /// The kernel refuses a map: the programs then see no heartbeat, and defer nothing.
     pub fn tick(&mut self) -> Result<()> {
-        if self.replaced || !self.engaged {
-            return Ok(());
-        }
-        if self.maps.owner()? != self.owner {
-            self.replaced = true;
-            self.attached.clear();
-            self.tell();
+        if !self.engaged || !self.is_in_charge()? {
             return Ok(());
         }
         let now = Instant::now();
@@ -362,11 +362,22 @@ impl Steering {
     /// # Errors
     /// As [`Steering::tick`].
     pub fn changed(&mut self) -> Result<()> {
-        if self.replaced || !self.engaged {
+        if !self.engaged || !self.is_in_charge()? {
             return Ok(());
         }
         self.look(false)?;
         self.apply()
+    }
+
+    /// Whether the programs are still ours to tell. Asked before anything is written: a daemon that was stopped for a while
+    /// may have been replaced meanwhile.
+    fn is_in_charge(&mut self) -> Result<bool> {
+        if !self.replaced && self.maps.owner()? != self.owner {
+            self.replaced = true;
+            self.attached.clear();
+            self.tell();
+        }
+        Ok(!self.replaced)
     }
 
     /// Whether what is asked for works: the self-test passed.
@@ -382,8 +393,7 @@ impl Steering {
     /// Lets go: nothing new is deferred, and no worker gets another connection. What was begun is finished by the
     /// programs, which stay where they are.
     pub fn release(&mut self) {
-        let ours = self.maps.owner().is_ok_and(|owner| owner == self.owner);
-        if self.replaced || !self.engaged || !ours {
+        if !self.engaged || !self.is_in_charge().unwrap_or(false) {
             return;
         }
         self.engaged = false;
@@ -606,7 +616,11 @@ impl Steering {
         for endpoint in beyond {
             served.remove(&endpoint);
         }
-        self.maps.serve(&served)
+        if self.served.as_ref() != Some(&served) {
+            self.maps.serve(&served)?;
+            self.served = Some(served);
+        }
+        Ok(())
     }
 }
 
@@ -681,8 +695,8 @@ fn long_ago() -> Instant {
     now.checked_sub(Duration::from_hours(1)).unwrap_or(now)
 }
 
-/// Random bytes of the kernel, as a number or several.
-fn random<T: FromRandom>() -> Result<T> {
+/// 128 random bits of the kernel.
+fn random() -> Result<[u64; 2]> {
     let mut bytes = [0; 16];
     let failed = Error::new("get random bytes", "allow getrandom(2)");
     let length =
@@ -690,22 +704,6 @@ fn random<T: FromRandom>() -> Result<T> {
     if length < bytes.len() {
         return Err(Error::new("get random bytes", "start anew")("the kernel gave too few"));
     }
-    Ok(T::from_random(bytes))
-}
-
-trait FromRandom {
-    fn from_random(bytes: [u8; 16]) -> Self;
-}
-
-impl FromRandom for u32 {
-    fn from_random(bytes: [u8; 16]) -> Self {
-        u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-    }
-}
-
-impl FromRandom for [u64; 2] {
-    fn from_random(bytes: [u8; 16]) -> Self {
-        let number = u128::from_ne_bytes(bytes);
-        [number as u64, (number >> 64) as u64]
-    }
+    let number = u128::from_ne_bytes(bytes);
+    Ok([number as u64, (number >> 64) as u64])
 }

@@ -84,6 +84,7 @@ impl Steering {
             engaged: 1,
         };
         // The ports of the services come back with the next `apply`; an earlier daemon's are served all the while.
+        self.served = None;
         self.maps.add_service(endpoint(at.ip(), at.port()), service)?;
         self.maps.add_host(Host { hash: 0, listener: TEST_LISTENER, kind: host_kind::ANY })?;
         let config = abi::Config {
