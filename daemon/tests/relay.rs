@@ -431,9 +431,11 @@ fn bytes_already_read_go_first() {
     }
 }
 
-/// An address for a server that is started later.
+/// An address for a server that is started later: of this process alone, so that no other takes the port meanwhile.
 fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port")
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let ours = Ipv4Addr::new(127, 64 | high, middle, low);
+    TcpListener::bind((ours, 0)).and_then(|listener| listener.local_addr()).expect("a free port")
 }
 
 /// An address on which nobody listens, nor will while this process lives: it stays bound.
