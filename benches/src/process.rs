@@ -74,7 +74,7 @@ impl Everyone {
 
     /// What tasks of none of the processes `ours` have taken of either of `cpus` since the snapshot.
     pub fn others_since(&self, ours: &[u32], cpus: Cpus) -> io::Result<Others> {
-        let mut others = Others { work: stolen()?.saturating_sub(self.stolen), softirq: Duration::ZERO };
+        let mut others = Others { work: stolen()?.saturating_sub(self.stolen), kernel: Duration::ZERO };
         let ours: Vec<_> = ours.iter().map(|pid| Path::new("/proc").join(pid.to_string())).collect();
         for_each_task(|tid, dir| {
             if ours.iter().any(|process| dir.starts_with(process)) {
@@ -85,9 +85,11 @@ impl Everyone {
             if spent == 0 {
                 return;
             }
-            let Some((name, cpu)) = name_and_cpu(dir) else { return };
+            let Some((name, cpu, is_kernel)) = name_and_cpu(dir) else { return };
             if cpu == cpus.server || cpu == cpus.client {
-                let sum = if name.starts_with("ksoftirqd/") { &mut others.softirq } else { &mut others.work };
+                // It watches how memory is used (Documentation/mm/damon), load or not.
+                let is_load = is_kernel && !name.starts_with("kdamond");
+                let sum = if is_load { &mut others.kernel } else { &mut others.work };
                 *sum += Duration::from_nanos(spent);
             }
         })?;
@@ -136,8 +138,8 @@ impl Busy {
 pub struct Others {
     /// Other tasks, and what a hypervisor kept from us.
     pub work: Duration,
-    /// The kernel's softirq threads: they work for the load, not against it.
-    pub softirq: Duration,
+    /// The kernel's threads (softirq, RCU, work queues): they work for the load, not against it.
+    pub kernel: Duration,
 }
 
 /// Time stolen on all CPUs, in the kernel's steps of 10 ms.
@@ -179,13 +181,16 @@ fn schedstat(task: &Path) -> io::Result<Option<CpuTime>> {
     }
 }
 
-/// A task's name and the CPU it ran on last; `None`: it is gone.
-fn name_and_cpu(task: &Path) -> Option<(String, usize)> {
+/// A task's name, the CPU it ran on last, and whether it is the kernel's; `None`: it is gone.
+fn name_and_cpu(task: &Path) -> Option<(String, usize, bool)> {
+    const PF_KTHREAD: u64 = 0x0020_0000; // include/linux/sched.h
     let stat = fs::read_to_string(task.join("stat")).ok()?;
     // The name stands in parentheses and may hold anything, so count fields behind the last one (proc(5)).
     let (head, fields) = stat.rsplit_once(") ")?;
-    let cpu = fields.split_ascii_whitespace().nth(36)?.parse().ok()?;
-    Some((head.split_once('(')?.1.to_owned(), cpu))
+    let mut fields = fields.split_ascii_whitespace();
+    let flags: u64 = fields.nth(6)?.parse().ok()?;
+    let cpu = fields.nth(29)?.parse().ok()?;
+    Some((head.split_once('(')?.1.to_owned(), cpu, flags & PF_KTHREAD != 0))
 }
 
 #[cfg(test)]

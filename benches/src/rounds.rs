@@ -6,6 +6,11 @@ use std::{collections::HashMap, hash::Hash, io, time::Duration};
 
 /// A slice counts if other work took less than this share of one CPU meanwhile.
 pub const TOLERATED: f64 = 0.03;
+/// How much disturbance makes a slice count no more: [`TOLERATED`], or with `accept_noise` none does.
+pub fn tolerated(accept_noise: bool) -> f64 {
+    if accept_noise { f64::INFINITY } else { TOLERATED }
+}
+
 /// How often a disturbed slice is measured again before its round does without it.
 pub const ATTEMPTS: usize = 3;
 
@@ -37,14 +42,14 @@ pub struct Rounds<K, T> {
 
 impl<K: Copy + Eq + Hash, T: Copy> Rounds<K, T> {
     /// Measures each of `keys` once a round, `count` rounds long, in an order that is shuffled anew each round.
-    /// With `accept_noise` disturbed slices count too. `progress` hears of each round begun.
+    /// Slices count that were `tolerated` ([`tolerated`]). `progress` hears of each round begun.
     ///
     /// # Errors
     /// A measurement fails.
     pub fn run(
         keys: &[K],
         count: usize,
-        accept_noise: bool,
+        tolerated: f64,
         mut progress: impl FnMut(usize),
         mut measure: impl FnMut(K) -> io::Result<Slice<T>>,
     ) -> io::Result<Self> {
@@ -59,7 +64,7 @@ impl<K: Copy + Eq + Hash, T: Copy> Rounds<K, T> {
                 for _ in 0..ATTEMPTS {
                     let slice = measure(key)?;
                     all.slices += 1;
-                    if accept_noise || slice.disturbance <= TOLERATED {
+                    if slice.disturbance <= tolerated {
                         values.insert(key, slice.value);
                         break;
                     }
@@ -108,7 +113,7 @@ mod tests {
         let rounds = Rounds::run(
             &['a', 'b', 'c'],
             7,
-            false,
+            TOLERATED,
             |_| (),
             |key| {
                 calls += 1;

@@ -10,7 +10,7 @@ use preflightd_benches::{
     policies,
     process::{CpuTime, Everyone},
     report::{self, Bars, Figure, Table},
-    rounds::{ATTEMPTS, Rounds, Slice, TOLERATED},
+    rounds::{self, ATTEMPTS, Rounds, Slice, TOLERATED},
     workload::Request,
 };
 use std::{
@@ -108,7 +108,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     let rounds = Rounds::run(
         &keys,
         arguments.rounds,
-        arguments.accept_noise,
+        rounds::tolerated(arguments.accept_noise),
         |round| eprintln!("round {} of {}, {} slices", round + 1, arguments.rounds, keys.len()),
         |(shape, peer)| measure(&servers[&peer], requests(peer), shape.pace(peer), slice, cpus),
     )?;
@@ -183,7 +183,7 @@ fn measure(
     let (server_time, client_time) = (server_end.since(server_begin), client_end.since(client_begin));
     // Time in which either had to wait for its CPU was somebody else's, even if that task is gone by now.
     let waited = Duration::from_nanos(server_time.waiting.max(client_time.waiting));
-    let disturbed = others.work.max(waited.saturating_sub(others.softirq));
+    let disturbed = others.work.max(waited.saturating_sub(others.kernel));
     let count = served.requests as f64;
     let sample = Sample {
         cpu: server_time.running as f64 / 1e3 / count,

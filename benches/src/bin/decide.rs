@@ -12,7 +12,7 @@ use preflightd_benches::{
     policies::{self, Combination, HEADERS, Size},
     process::{CpuTime, resident},
     report::{self, Figure},
-    rounds::{ATTEMPTS, Rounds, Slice, TOLERATED},
+    rounds::{self, ATTEMPTS, Rounds, Slice, TOLERATED},
     stats::Estimate,
     workload::REQUEST_LEN,
 };
@@ -83,7 +83,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     let rounds = Rounds::run(
         &names,
         arguments.rounds,
-        arguments.accept_noise,
+        rounds::tolerated(arguments.accept_noise),
         |round| eprintln!("round {} of {}", round + 1, arguments.rounds),
         |number| batch(&mut subjects[number]),
     )?;

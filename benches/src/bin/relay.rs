@@ -9,7 +9,7 @@ use preflightd_benches::{
     peers::{self, Relay, Server},
     process::{CpuTime, Everyone},
     report::{self, Figure, Table},
-    rounds::{ATTEMPTS, Rounds, Slice, TOLERATED},
+    rounds::{self, ATTEMPTS, Rounds, Slice, TOLERATED},
 };
 use std::{
     io,
@@ -78,7 +78,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     let rounds = Rounds::run(
         &keys,
         arguments.rounds,
-        arguments.accept_noise,
+        rounds::tolerated(arguments.accept_noise),
         |round| eprintln!("round {} of {}", round + 1, arguments.rounds),
         |(direction, relay)| {
             let everyone = Everyone::now()?;

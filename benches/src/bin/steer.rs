@@ -16,7 +16,7 @@ use preflightd_benches::{
     policies::{self, Size},
     process::{Busy, Everyone},
     report::{self, Figure, Table},
-    rounds::{ATTEMPTS, Rounds, Slice, TOLERATED},
+    rounds::{self, ATTEMPTS, Rounds, Slice, TOLERATED},
     share::{self, Answered},
     stats::Estimate,
 };
@@ -208,7 +208,7 @@ fn passthrough(scene: &Scene<'_>, figures: &mut Vec<Figure>) -> io::Result<Strin
         Rounds::run(
             &keys,
             arguments.rounds,
-            arguments.accept_noise,
+            rounds::tolerated(arguments.accept_noise),
             |round| eprintln!("round {} of {}, {} slices", round + 1, arguments.rounds, keys.len()),
             |(kind, timestamps, variant)| {
                 set_timestamps(timestamps)?;
