@@ -9,6 +9,7 @@ use crate::{
     load,
     peers::{self, Server},
     policies::{self, Size},
+    storm,
     workload::Request,
 };
 use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
@@ -50,6 +51,15 @@ impl Display for Variant {
     }
 }
 
+/// How the nodes' nginx is configured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proxy {
+    /// By somebody who knows nginx well, without an access log; with files to download and a place to upload to.
+    ByHand,
+    /// By ingress-nginx, without its Lua phases, with its access log.
+    Ingress,
+}
+
 /// The body of nginx's answer to a GET.
 pub const BODY: &str = "hello\n";
 /// The interface of each node that its clients come in by.
@@ -64,6 +74,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 pub struct Lab {
     /// Which CPU is whose.
     pub cpus: Cpus,
+    proxy: Proxy,
     directory: PathBuf,
     pin_dir: PathBuf,
 }
@@ -73,13 +84,14 @@ impl Lab {
     ///
     /// # Errors
     /// Not root, no bpffs, only one CPU.
-    pub fn open() -> io::Result<Self> {
+    pub fn open(proxy: Proxy) -> io::Result<Self> {
         if !rustix::process::geteuid().is_root() {
             return Err(io::Error::other("network namespaces and eBPF need root: run this as root"));
         }
         let pid = process::id();
         let lab = Self {
             cpus: Cpus::choose()?,
+            proxy,
             directory: PathBuf::from(format!("/dev/shm/preflightd-bench-{pid}")),
             pin_dir: PathBuf::from(format!("{BPFFS}/preflightd-bench-{pid}")),
         };
@@ -104,7 +116,8 @@ impl Lab {
         Ok(lab)
     }
 
-    /// A namespace for clients. Its interfaces deliver on the clients' CPU.
+    /// A namespace for clients. What comes to them is processed on the clients' CPU, but not in a storm: to interrupt one
+    /// virtual CPU from another costs as much as the packet.
     pub fn clients(&self) -> Netns {
         Netns::new("clients")
     }
@@ -122,11 +135,28 @@ impl Lab {
         let to_node = format!("node{number}");
         netns.link(INTERFACE, &[&format!("{}/24", address.ip())], clients, &to_node, &of_clients);
         deliver_on(&netns, INTERFACE, self.cpus.server)?;
-        deliver_on(clients, &to_node, self.cpus.client)?;
+        if self.proxy == Proxy::ByHand {
+            deliver_on(clients, &to_node, self.cpus.client)?;
+        }
+        let stormy = Ipv4Addr::new(10, 3, number, 0);
+        for (netns, interface, address) in [
+            (&netns, INTERFACE, hardware_address(number, 1)),
+            (clients, &to_node, hardware_address(number, 2)),
+        ] {
+            let address = address.map(|byte| format!("{byte:02x}")).join(":");
+            netns.ip(&format!("link set {interface} address {address}"));
+        }
+        // Packet sockets see it before.
+        clients.nft(&format!(
+            "table netdev {to_node} {{ chain storm {{ type filter hook ingress device {to_node} priority 0; \
+             ip daddr {stormy}/24 drop; }}; }}"
+        ));
+        netns.ip(&format!("route add {stormy}/24 via {}", sources[0]));
 
         let directory = self.directory.join(format!("node{number}"));
-        let nginx = start_nginx(&netns, &directory, self.cpus, address, clients, bytes)?;
-        let mut node = Node { nginx, daemon: None, empty: None, address, sources, netns };
+        let nginx = start_nginx(&netns, &directory, self, address, clients, bytes)?;
+        let mut node =
+            Node { nginx, daemon: None, empty: None, address, sources, stormy, far_end: to_node, netns };
         match variant {
             Variant::None => {}
             Variant::Empty => {
@@ -168,6 +198,10 @@ pub struct Node {
     pub address: SocketAddrV4,
     /// The clients' addresses in this network.
     pub sources: Vec<Ipv4Addr>,
+    /// A /24 that is behind the clients' namespace too, and that no kernel knows as its own.
+    stormy: Ipv4Addr,
+    /// The clients' interface to it.
+    far_end: String,
     // In the order in which they go.
     daemon: Option<Daemon>,
     empty: Option<EmptyProgram>,
@@ -177,6 +211,16 @@ pub struct Node {
 }
 
 impl Node {
+    /// Clients that can blow a storm.
+    ///
+    /// # Errors
+    /// The kernel takes no packets from us.
+    pub fn storm_clients(&self, clients: &Netns) -> io::Result<storm::Clients> {
+        let number = self.address.ip().octets()[2];
+        let addresses = (hardware_address(number, 2), hardware_address(number, 1));
+        storm::Clients::new((clients, &self.far_end), addresses, self.stormy, self.address)
+    }
+
     /// The processes that work for it.
     pub fn pids(&self) -> impl Iterator<Item = u32> {
         [Some(self.nginx.pid()), self.daemon.as_ref().map(|daemon| daemon.server.pid())].into_iter().flatten()
@@ -266,11 +310,12 @@ impl Daemon {
             .replace("@NETNS@", netns)
             .replace("@PIN_DIR@", &lab.pin_dir.to_string_lossy())
             .replace("@ADMIN@", &admin.to_string());
-        let file = peers::write(directory, "preflightd.toml", &(config + &policies::native(Size::SMALL)))?;
-        let mut command = Command::new(peers::bin_dir()?.join("preflightd"));
-        command.args(["run", "--config"]).arg(file);
+        // A directory of its own: it is watched.
         let directory = directory.join("preflightd");
         fs::create_dir_all(&directory)?;
+        let file = peers::write(&directory, "preflightd.toml", &(config + &policies::native(Size::SMALL)))?;
+        let mut command = Command::new(peers::bin_dir()?.join("preflightd"));
+        command.args(["run", "--config"]).arg(file);
         let server = Server::spawn(command, admin, &directory, lab.cpus)?;
         let mut daemon = Self { server, admin };
         daemon.server.wait(&directory, || {
@@ -294,7 +339,7 @@ impl Daemon {
 fn start_nginx(
     netns: &Netns,
     directory: &Path,
-    cpus: Cpus,
+    lab: &Lab,
     address: SocketAddrV4,
     clients: &Netns,
     bytes: usize,
@@ -303,24 +348,41 @@ fn start_nginx(
     fs::create_dir_all(&files)?;
     fs::File::create(files.join(bytes.to_string()))?.set_len(bytes as u64)?;
     let anywhere = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, address.port());
-    let entry = |origin| format!("        \"{origin}\" $http_origin;");
-    let config = peers::fill(include_str!("../peers/nginx-node.conf"), anywhere, entry, "\n")
-        .replace("@BODY@", &BODY.replace('\n', "\\n"));
+    let body = BODY.replace('\n', "\\n");
+    let config = match lab.proxy {
+        Proxy::ByHand => {
+            let entry = |origin| format!("        \"{origin}\" $http_origin;");
+            peers::fill(include_str!("../peers/nginx-node.conf"), anywhere, entry, "\n")
+                .replace("@BODY@", &body)
+        }
+        // Of which the measurement of answers alone needs neither.
+        Proxy::Ingress => peers::ingress(anywhere)
+            .replace("access_log off", "access_log access.log")
+            .replace("return 503", &format!("return 200 \"{body}\"")),
+    };
     // Its own user could not read the files.
     let config = format!("user root;\n{config}");
     let nginx = peers::nginx(directory, &config)?;
     let mut command = netns.command(nginx.get_program());
     command.args(nginx.get_args());
-    let mut server = Server::spawn(command, address, directory, cpus)?;
+    let mut server = Server::spawn(command, address, directory, lab.cpus)?;
     let get = [get()];
     server.wait(directory, || {
         clients.enter(|| {
             load::probe(address, &get)?;
-            bulk::transfer(address, Direction::Down, bytes)?;
-            bulk::transfer(address, Direction::Up, bytes).map(|_| ())
+            if lab.proxy == Proxy::ByHand {
+                bulk::transfer(address, Direction::Down, bytes)?;
+                bulk::transfer(address, Direction::Up, bytes)?;
+            }
+            Ok(())
         })
     })?;
     Ok(server)
+}
+
+/// Of an interface in network `number`, locally administered.
+fn hardware_address(number: u8, host: u8) -> [u8; 6] {
+    [2, 0, 0, 1, number, host]
 }
 
 /// Has the kernel process what comes in by an interface on one CPU, as a network card would that interrupts it (receive

@@ -20,4 +20,5 @@ pub mod report;
 pub mod rounds;
 pub mod share;
 pub mod stats;
+pub mod storm;
 pub mod workload;

@@ -274,12 +274,7 @@ fn command(peer: Peer, dir: &Path, address: SocketAddrV4) -> io::Result<Command>
             command.arg(address.to_string()).arg(policies::origin(0, 0, 0));
             Ok(command)
         }
-        Peer::NginxIngress => {
-            let alternative =
-                |origin: String| format!("({})", origin.replace('.', "\\.").replace('-', "\\-"));
-            let config = include_str!("../peers/nginx-ingress.conf").replace("@MODULES@", nginx_modules());
-            nginx(dir, &fill(&config, address, alternative, "|"))
-        }
+        Peer::NginxIngress => nginx(dir, &ingress(address)),
         Peer::NginxTuned => {
             let entry = |origin| format!("        \"{origin}\" $http_origin;");
             nginx(dir, &fill(include_str!("../peers/nginx-tuned.conf"), address, entry, "\n"))
@@ -334,6 +329,13 @@ pub(crate) fn nginx(dir: &Path, config: &str) -> io::Result<Command> {
     let mut command = Command::new("nginx");
     command.arg("-p").arg(dir).arg("-e").arg("stderr").arg("-c").arg(write(dir, "nginx.conf", config)?);
     Ok(command)
+}
+
+/// The configuration that ingress-nginx writes, for a server at `address`.
+pub(crate) fn ingress(address: SocketAddrV4) -> String {
+    let alternative = |origin: String| format!("({})", origin.replace('.', "\\.").replace('-', "\\-"));
+    let config = include_str!("../peers/nginx-ingress.conf").replace("@MODULES@", nginx_modules());
+    fill(&config, address, alternative, "|")
 }
 
 /// Debian's and Fedora's places for dynamic modules.

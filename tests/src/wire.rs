@@ -20,11 +20,8 @@ use std::{
 
 use socket2::Socket;
 
-pub use self::connection::Connection;
-use self::{
-    packet::{Header, frames, read_frame, syn_options},
-    socket::packet_socket,
-};
+use self::packet::{Header, frames, read_frame, syn_options};
+pub use self::{connection::Connection, socket::packet_socket};
 use crate::netns::Netns;
 
 /// The flags of a TCP header (RFC 9293 §3.1).

@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 use preflightd_benches::{
     bulk::{self, Direction},
     cpu, flood,
-    lab::{self, Lab, Node, Variant},
+    lab::{self, Lab, Node, Proxy, Variant},
     load::{self, Load, Pace},
     openloop::{self, OpenLoop, Outcome},
     policies::{self, Size},
@@ -158,7 +158,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> io::Result<()> {
-    let lab = Lab::open()?;
+    let lab = Lab::open(Proxy::ByHand)?;
     let clients = lab.clients();
     let nodes: io::Result<BTreeMap<_, _>> = (1..)
         .zip(Variant::ALL)

@@ -5,20 +5,21 @@
 use clap::Parser;
 use preflightd_benches::{
     cpu,
-    lab::{self, Lab, Node, Variant},
-    load::{self, Load, Pace},
+    lab::{self, Lab, Node, Proxy, Variant},
     openloop::{self, OpenLoop, Outcome},
     policies::{self, Size},
     process::{Busy, Everyone},
     report::{self, Figure, Table},
     rounds::{ATTEMPTS, Rounds, Slice},
     stats::{self, Estimate},
+    storm::{self, Clients, Storm},
 };
 use preflightd_tests::netns::Netns;
 use std::{
     collections::BTreeMap,
     io,
     process::{self, ExitCode},
+    sync::Mutex,
     thread,
     time::Duration,
 };
@@ -53,7 +54,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1000.0)]
     gets: f64,
     /// The storm: times the rate of preflights at which nginx is saturated.
-    #[arg(long, default_value_t = 1.5)]
+    #[arg(long, default_value_t = 1.1)]
     factor: f64,
     /// One object of JSON on stdout instead of tables.
     #[arg(long)]
@@ -95,13 +96,18 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> io::Result<()> {
-    let lab = Lab::open()?;
+    let lab = Lab::open(Proxy::Ingress)?;
     let clients = lab.clients();
     let nodes: io::Result<BTreeMap<_, _>> = (1..)
         .zip(VARIANTS)
         .map(|(number, (variant, _))| Ok((variant, lab.node(variant, number, &clients, 1 << 20)?)))
         .collect();
-    let scene = Scene { arguments, lab: &lab, clients: &clients, nodes: nodes? };
+    let nodes = nodes?;
+    let storms: io::Result<BTreeMap<_, _>> = nodes
+        .iter()
+        .map(|(variant, node)| Ok((*variant, Mutex::new(node.storm_clients(&clients)?))))
+        .collect();
+    let scene = Scene { arguments, lab: &lab, clients: &clients, nodes, storms: storms? };
     let saturated: io::Result<Vec<_>> = (0..SATURATIONS).map(|_| scene.saturation()).collect();
     let saturated = saturated?;
     let saturation = stats::median(saturated.iter().map(|sample| sample.0));
@@ -115,7 +121,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
         arguments.rounds,
         if arguments.accept_noise { f64::INFINITY } else { TOLERATED },
         |round| eprintln!("round {} of {}", round + 1, arguments.rounds),
-        |(variant, stormy)| scene.slice(&scene.nodes[&variant], stormy.then_some(storm)),
+        |(variant, stormy)| scene.slice(variant, stormy.then_some(storm)),
     )?;
 
     let figures = figures(arguments, &rounds, saturation)?;
@@ -139,52 +145,40 @@ struct Scene<'a> {
     lab: &'a Lab,
     clients: &'a Netns,
     nodes: BTreeMap<Variant, Node>,
+    storms: BTreeMap<Variant, Mutex<Clients>>,
 }
 
 impl Scene<'_> {
-    /// Preflights that the bare nginx answers in a second at most, a connection each, and the share of its CPU that this takes.
+    /// Preflights that the bare nginx answers in a second when 256 wait at any time, a connection each, and the share of its
+    /// CPU that this takes.
     fn saturation(&self) -> io::Result<(f64, f64)> {
-        let node = &self.nodes[&Variant::None];
-        let load = Load {
-            address: node.address,
-            requests: &policies::requests(Size::SMALL, 5),
-            pace: Pace::NewConnection { client_closes: false },
-            connections: 256,
-            sources: &node.sources,
-            warm_up: Duration::from_millis(200),
-            duration: Duration::from_secs(1),
-        };
-        let mut marks = Vec::with_capacity(2);
-        let served = self.clients.enter(|| {
-            load::run(&load, || {
-                marks.push(Busy::now(self.lab.cpus)?);
-                Ok(())
-            })
-        })?;
-        let [begin, end] = marks[..] else {
-            return Err(io::Error::other("the load must mark beginning and end"));
-        };
-        let elapsed = served.elapsed.as_secs_f64();
-        Ok((served.requests as f64 / elapsed, end.since(begin).server.as_secs_f64() / elapsed))
+        let requests = policies::requests(Size::SMALL, 5);
+        let duration = Duration::from_secs(1);
+        let storm = Storm { requests: &requests, rate: 1e6, in_flight: 256, duration };
+        let begin = Busy::now(self.lab.cpus)?;
+        let outcome = self.storms[&Variant::None].lock().expect("a storm panicked").run(&storm)?;
+        let busy = Busy::now(self.lab.cpus)?.since(begin);
+        thread::sleep(CALM);
+        Ok((
+            outcome.answered as f64 / duration.as_secs_f64(),
+            busy.server.as_secs_f64() / duration.as_secs_f64(),
+        ))
     }
 
     /// GETs for a while, in a storm of so many preflights a second.
-    fn slice(&self, node: &Node, storm: Option<f64>) -> io::Result<Slice<Sample>> {
+    fn slice(&self, variant: Variant, storm: Option<f64>) -> io::Result<Slice<Sample>> {
         let cpus = self.lab.cpus;
         let duration = Duration::from_millis(self.arguments.slice);
-        let preflights = policies::requests(Size::SMALL, 5);
+        let node = &self.nodes[&variant];
+        let mut clients = self.storms[&variant].lock().expect("a storm panicked");
+        let clients = &mut *clients;
+        let requests = policies::requests(Size::SMALL, 5);
         let everyone = Everyone::now()?;
         let (gets, preflights, busy) = thread::scope(|scope| {
             let storm = storm.map(|rate| {
-                let load = OpenLoop {
-                    address: node.address,
-                    sources: &node.sources,
-                    requests: &preflights,
-                    rate,
-                    in_flight: IN_FLIGHT,
-                    duration: AHEAD + duration,
-                };
-                scope.spawn(move || self.clients.enter(|| openloop::run(&load)))
+                let storm =
+                    Storm { requests: &requests, rate, in_flight: IN_FLIGHT, duration: AHEAD + duration };
+                scope.spawn(move || clients.run(&storm))
             });
             thread::sleep(AHEAD);
             let gets = scope.spawn(|| self.clients.enter(|| self.visit(node, duration)));
@@ -198,7 +192,7 @@ impl Scene<'_> {
         let ours: Vec<_> = self.nodes.values().flat_map(Node::pids).chain([process::id()]).collect();
         let others = everyone.others_since(&ours, cpus)?;
         thread::sleep(CALM);
-        let per_second = |count: fn(&Outcome) -> u64| {
+        let per_second = |count: fn(&storm::Outcome) -> u64| {
             preflights.as_ref().map_or(0.0, |storm| count(storm) as f64 / (AHEAD + duration).as_secs_f64())
         };
         let sample = Sample {
@@ -300,12 +294,12 @@ fn markdown(
     let noise = if arguments.accept_noise { ", **disturbed ones included**" } else { "" };
     Ok(format!(
         "# GETs in a storm of preflights\n\n{}\n\n{}\n{}\n\
-         - Two nodes (network namespaces) with an nginx each, one steered. nginx, preflightd's worker and the nodes' network stack \
-         (receive packet steering) share CPU {}; the clients, who send GETs and storm, and their network stack have CPU {}. There \
+         - Two nodes (network namespaces) with an nginx each, one steered. nginx (as ingress-nginx configures it, without its Lua), preflightd's worker and the nodes' \
+         network stack (receive packet steering) share CPU {}; the clients, who send GETs and storm, have CPU {}. There \
          were no more CPUs to give nginx one of its own.\n\
          - {} GETs a second at even intervals, a connection each; latency counts from when a GET was due, and what failed counts as \
          4.3 s. They go before the storm on the clients' CPU.\n\
-         - The storm: preflights, a connection each, due at {} times what saturates the bare nginx ({saturation:.0}/s, which takes \
+         - The storm: preflights, a connection each, by a TCP of our own that costs the clients' CPU little, due at {} times what saturates the bare nginx ({saturation:.0}/s, which takes \
          {:.0} % of its CPU), at most {IN_FLIGHT} waiting at once.\n\
          - CPU for each preflight is the node's CPU in the storm, less that in calm, over what was answered.\n\
          - {} rounds in shuffled order, slices of {} ms; medians over rounds, ratios taken within rounds, bounds by order \

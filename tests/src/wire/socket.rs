@@ -7,7 +7,10 @@ use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 use crate::netns::Netns;
 
 /// A packet socket on an interface: frames with a `virtio_net_hdr` in front, none of our own.
-pub(super) fn packet_socket(netns: &Netns, interface: &str, receive: bool) -> io::Result<Socket> {
+///
+/// # Errors
+/// No such interface, or no right to open packet sockets (root).
+pub fn packet_socket(netns: &Netns, interface: &str, receive: bool) -> io::Result<Socket> {
     netns.enter(|| {
         // Bound with a protocol only at the end, so that nothing of another interface comes in.
         let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
