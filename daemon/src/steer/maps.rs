@@ -3,6 +3,7 @@
 
 use std::{
     borrow::BorrowMut,
+    cmp::Reverse,
     collections::{HashMap as StdMap, HashSet},
     net::{IpAddr, Ipv6Addr},
     os::fd::AsRawFd,
@@ -17,7 +18,7 @@ use aya::{
     },
 };
 use preflightd_common::{
-    abi::{Config, Endpoint, Host, Interface, MAX_PORTS, Service, event, fail_open, kind, swept},
+    abi::{Config, Endpoint, Host, Interface, MAX_HOSTS, MAX_PORTS, Service, event, fail_open, kind, swept},
     preflight::{line_of, mark},
 };
 use rustix::time::{ClockId, clock_gettime};
@@ -163,9 +164,17 @@ impl Maps {
         set().map_err(failed("write ROUTES"))
     }
 
-    pub(super) fn set_hosts(&mut self, hosts: &HashSet<Host>) -> Result<()> {
-        let wanted = hosts.iter().map(|host| (*host, 1)).collect();
-        replace(&mut self.hosts, &wanted).map_err(failed("write HOSTS"))
+    /// How many of them did not fit: their preflights are the proxy's. What stands for many hosts goes first.
+    pub(super) fn set_hosts(&mut self, hosts: &HashSet<Host>) -> Result<usize> {
+        // While they are replaced the old and the new ones are there.
+        const ROOM: usize = MAX_HOSTS as usize / 2;
+        let mut hosts: Vec<_> = hosts.iter().copied().collect();
+        if hosts.len() > ROOM {
+            hosts.sort_unstable_by_key(|host| (Reverse(host.kind), host.listener, host.hash));
+        }
+        let wanted = hosts.iter().take(ROOM).map(|host| (*host, 1)).collect();
+        replace(&mut self.hosts, &wanted).map_err(failed("write HOSTS"))?;
+        Ok(hosts.len().saturating_sub(ROOM))
     }
 
     pub(super) fn set_socket(&mut self, slot: u32, socket: &impl AsRawFd) -> Result<()> {

@@ -308,7 +308,11 @@ impl Steering {
         if !self.is_in_charge()? {
             return Ok(());
         }
-        self.maps.set_hosts(&hosts(&self.services, policies))
+        let beyond = self.maps.set_hosts(&hosts(&self.services, policies))?;
+        if beyond > 0 {
+            tracing::warn!(hosts = beyond, "more hosts than fit: the proxy answers the preflights of these");
+        }
+        Ok(())
     }
 
     /// A new configuration: mode, engagement and share take effect at once.
