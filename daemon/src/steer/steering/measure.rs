@@ -97,8 +97,7 @@ impl Steering {
                 row.disengaged = None;
                 continue;
             }
-            let count = |kind| self.counts.port(row.row, kind);
-            let new = |kind| count(kind).saturating_sub(before.port(row.row, kind));
+            let new = |kind| self.counts.port(row.row, kind).saturating_sub(before.port(row.row, kind));
             let spoken = [kind::Preflight, kind::Options, kind::Other].into_iter();
             let ours: u64 = spoken.clone().map(new).sum();
             let foreign = [
@@ -109,12 +108,16 @@ impl Steering {
             ];
             let worst = foreign.into_iter().map(|(kind, name)| (new(kind), name)).max().unwrap_or_default();
             let silent = self.pending.silent.get(row.row as usize).copied().unwrap_or(0);
-            let ever: u64 = spoken.map(count).sum();
             let why = if worst.0 >= JUDGED_FROM && worst.0 >= ours {
                 Some(format!("{} of the last {} connections began with {}", worst.0, worst.0 + ours, worst.1))
-            } else if ever == 0 && u64::from(silent) >= JUDGED_FROM {
-                Some(format!("{silent} clients wait for the server to speak first, and none has ever spoken"))
+            } else if ours == 0 && u64::from(silent) >= JUDGED_FROM {
+                Some(format!(
+                    "{silent} clients wait, as for a server that speaks first, and none has spoken of late"
+                ))
             } else {
+                if ours >= JUDGED_FROM {
+                    row.pause = FIRST_PAUSE;
+                }
                 None
             };
             if let Some(why) = why {
