@@ -188,7 +188,11 @@ fn kernel(report: &mut Report) {
             let release = rustix::system::uname().release().to_string_lossy().into_owned();
             let hook = if version >= KernelVersion::new(6, 6, 0) { "TCX" } else { "clsact" };
             let found = format!("{release}, attaches by {hook}");
-            if has_function || version >= KernelVersion::new(6, 9, 0) {
+            if version < KernelVersion::new(5, 17, 0) {
+                let remedy =
+                    "run Linux 5.17 or later to observe (the programs call bpf_loop), 6.9 or later to steer";
+                report.missing(NeededFor::Observe, name, found, remedy);
+            } else if has_function || version >= KernelVersion::new(6, 9, 0) {
                 report.ok(name, found);
             } else {
                 let remedy = "run Linux 6.9 or later: Debian 13 (6.12), Ubuntu 24.04 with its HWE kernel (6.11 or \
