@@ -38,7 +38,7 @@ const PACKET_ROUNDS: usize = 10;
 /// Packets of one BPF_PROG_TEST_RUN.
 const REPEAT: u32 = 200_000;
 /// SYNs a second.
-const FLOOD: u32 = 200_000;
+const FLOOD: u32 = 50_000;
 /// GETs a second beside them.
 const VISITS: f64 = 500.0;
 /// So few local ports that each is used again while the server still has its last connection in TIME_WAIT.

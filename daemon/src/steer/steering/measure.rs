@@ -99,7 +99,7 @@ impl Steering {
             }
             let new = |kind| self.counts.port(row.row, kind).saturating_sub(before.port(row.row, kind));
             let spoken = [kind::Preflight, kind::Options, kind::Other].into_iter();
-            let ours: u64 = spoken.clone().map(new).sum();
+            let ours: u64 = spoken.map(new).sum();
             let foreign = [
                 (kind::Tls, "TLS"),
                 (kind::H2c, "HTTP/2 without TLS"),
@@ -166,7 +166,9 @@ impl Steering {
         // The least that counts as a frame.
         let frame = [0; 14];
         let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
+        let begin = Instant::now();
         program.test_run(options).map_err(Error::new("sweep the map of waiting connections", PRIVILEGES))?;
+        self.times.sweeping = begin.elapsed();
         let Swept { slots, silent } = self.maps.swept()?;
         let all = [swept::Observed, swept::Deferred, swept::Acknowledged, swept::Given];
         self.pending = Occupancy {

@@ -54,6 +54,8 @@ const TAKE_OVER: Duration = Duration::from_millis(300);
 /// How often entries that nobody goes on with are swept out, in calm and while the map fills up.
 const SWEEP: Duration = Duration::from_secs(10);
 const SWEEP_PRESSED: Duration = Duration::from_secs(1);
+/// A sweep of a full map takes milliseconds, in which its CPU processes no packets: one part in so many of the time.
+const SWEEP_SHARE: u32 = 500;
 /// Cookies that each CPU checks in a second while entries are being evicted.
 const COOKIE_BUDGET: u32 = 1000;
 const TEST_ROW: u32 = MAX_PORTS - 1;
@@ -131,6 +133,8 @@ struct Times {
     look: Instant,
     firewall: Instant,
     sweep: Instant,
+    /// How long the last sweep took, in which this CPU processed no packets.
+    sweeping: Duration,
     /// The self-test is due.
     test: Instant,
 }
@@ -209,7 +213,14 @@ impl Steering {
             beyond: 0,
             max_pending,
             cpus: aya::util::online_cpus().map_or(1, |cpus| cpus.len() as u64),
-            times: Times { key: now, look: now, firewall: now, sweep: now, test: now },
+            times: Times {
+                key: now,
+                look: now,
+                firewall: now,
+                sweep: now,
+                sweeping: Duration::ZERO,
+                test: now,
+            },
             judged: (now, counts.clone()),
             counts,
             earlier: (now, preflights),
@@ -342,7 +353,9 @@ impl Steering {
         self.measure(now);
         self.judge(now);
         let pressed = self.config.flags & config_flags::PRESSURE != 0 || self.fill() > 0.5;
-        if now >= self.times.sweep + if pressed { SWEEP_PRESSED } else { SWEEP } {
+        let pause =
+            if pressed { (self.times.sweeping * SWEEP_SHARE).clamp(SWEEP_PRESSED, SWEEP) } else { SWEEP };
+        if now >= self.times.sweep + pause {
             self.times.sweep = now;
             self.sweep()?;
         }
