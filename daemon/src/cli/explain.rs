@@ -59,6 +59,7 @@ fn explain_files(
         table: &table,
         listener: ListenerId(index as u16),
         listener_name: &config.listeners[index].name,
+        steered: config.listeners[index].steer,
         labels: labels.all(),
         sources: &explain::sources(&config.policies),
         limits: config.connection_limits().head,

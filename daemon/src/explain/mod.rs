@@ -7,8 +7,8 @@ use crate::{
     config::{Listener, escape},
     http::{Head, HeadLimits, HeadReader, PreflightHead, date},
     policy::{
-        Decision, DenyReason, ListenerId, Outcome, PolicySpec, Preflight, RouteId, SourceRef, Table, Trace,
-        labels::RouteLabel,
+        Connection as Persistence, Decision, DenyReason, ListenerId, Outcome, PolicySpec, Preflight, RouteId,
+        SourceRef, Table, Trace, labels::RouteLabel,
     },
     reason::PassReason,
 };
@@ -30,6 +30,8 @@ pub struct Context<'a> {
     pub listener: ListenerId,
     /// Its name.
     pub listener_name: &'a str,
+    /// It is steered: the proxy has what a worker does not answer, and a worker answers once and closes.
+    pub steered: bool,
     /// Route labels by number.
     pub labels: &'a [RouteLabel],
     /// Where each policy was written, by its name.
@@ -122,7 +124,7 @@ pub fn explain(context: &Context<'_>, bytes: &[u8]) -> Report {
         }
         Head::Pass(reason) => {
             report.steps.push(format!("head: not a preflight to be answered ({})", reason.as_str()));
-            passed(&mut report, reason);
+            passed(context, &mut report, reason);
         }
         Head::Preflight(head) => {
             let rest = bytes.len().saturating_sub(head.len);
@@ -162,13 +164,14 @@ fn decide(context: &Context<'_>, head: &PreflightHead<'_>, report: &mut Report) 
     match decision {
         Decision::Pass(reason, route) => {
             report.route = matched(context, route);
-            passed(report, reason);
+            passed(context, report, reason);
         }
         Decision::Answer(answer) => {
             report.route = matched(context, answer.route);
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             let mut bytes = Vec::with_capacity(answer.max_len());
-            answer.render(&date::imf_fixdate(now), head.connection, &mut bytes);
+            let persistence = if context.steered { Persistence::Close } else { head.connection };
+            answer.render(&date::imf_fixdate(now), persistence, &mut bytes);
             let browser = browser::judge(head, &bytes);
             "answered".clone_into(&mut report.verdict);
             let (outcome, words) = match answer.outcome {
@@ -195,9 +198,14 @@ fn decide(context: &Context<'_>, head: &PreflightHead<'_>, report: &mut Report) 
     }
 }
 
-fn passed(report: &mut Report, reason: PassReason) {
+fn passed(context: &Context<'_>, report: &mut Report, reason: PassReason) {
     reason.as_str().clone_into(&mut report.outcome);
-    report.words = format!("it goes to the upstream, byte for byte, because {}.", pass_words(reason));
+    let whose = if context.steered {
+        "it is the proxy's (a worker that has it already turns it away with 421, and it goes to the proxy when it comes again)"
+    } else {
+        "it goes to the upstream, byte for byte"
+    };
+    report.words = format!("{whose}, because {}.", pass_words(reason));
 }
 
 fn matched(context: &Context<'_>, route: RouteId) -> Option<Route> {

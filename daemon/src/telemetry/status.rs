@@ -176,6 +176,7 @@ impl Status {
             table: &table,
             listener: ListenerId(index as u16),
             listener_name: &self.config.listeners[index].name,
+            steered: self.config.listeners[index].steer,
             labels: &labels,
             sources: &sources,
             limits: HeadLimits { max_bytes: self.config.limits.max_head_bytes },
@@ -191,6 +192,7 @@ impl Status {
                 "name": listener.name,
                 "address": address.to_string(),
                 "upstream": listener.upstream.map(|a| a.to_string()),
+                "steered": listener.steer,
             })
         });
         let reloads: serde_json::Map<_, _> = ReloadResult::ALL
