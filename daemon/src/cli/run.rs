@@ -550,7 +550,7 @@ fn reload(
         if !changed.is_empty() {
             warn!(
                 sections = changed.join(", "),
-                "only policies are replaced while running: restart for the rest"
+                "these need a restart: only policies, and what [steer] says of mode, storm, share and firewall, change while running"
             );
         }
         config.policies = config.policies_for(&status.config.listeners);
