@@ -348,6 +348,27 @@ fn explains_a_raw_request() {
     }
 }
 
+#[test]
+#[cfg(feature = "ebpf")]
+fn explains_what_a_steered_listener_answers() {
+    let steered = CONFIG.replacen("upstream = \"127.0.0.1:8080\"", "steer = true", 1);
+    let files = Files::new("steered", &[("good.toml", CONFIG), ("steered.toml", &steered)]);
+    let preflight = "OPTIONS /v1 HTTP/1.1\r\nHost: api.example.com\r\nOrigin: https://app.example.com\r\n\
+                     Access-Control-Request-Method: PUT\r\n\r\n";
+    for (file, closes, whose) in [("good.toml", false, "upstream"), ("steered.toml", true, "proxy's")] {
+        let explain = |request: &str| {
+            let got = files.run_with(&["explain", "--config", file, "--raw", "--format", "json"], request);
+            serde_json::from_str::<Value>(&stdout(&got)).expect(file)
+        };
+        let answered = explain(preflight);
+        let answer = answered["answer"].as_str().expect("an answer");
+        assert_eq!(answer.contains("\r\nConnection: close\r\n"), closes, "{file}: {answer}");
+        let passed = explain("GET / HTTP/1.1\r\n\r\n");
+        let words = passed["words"].as_str().expect("words");
+        assert!(words.contains(whose), "{file}: {words}");
+    }
+}
+
 /// What a request says may not steer the terminal of who looks at it.
 #[test]
 fn hostile_requests_are_shown_escaped() {

@@ -180,6 +180,7 @@ fn the_admin_socket() {
     assert_eq!(now["policies"], 1, "{now}");
     assert_eq!(now["generations"], serde_json::json!([1, 1]), "{now}");
     assert_eq!(now["listeners"][0]["address"], daemon.address(" listening ").to_string(), "{now}");
+    assert_eq!(now["listeners"][0]["steered"], false, "{now}");
 
     let allowed = explain(&socket, &["--url", "http://a.test/"]);
     assert_eq!(allowed.status.code(), Some(0), "{allowed:?}");
