@@ -255,9 +255,13 @@ fn evicted(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> i32 {
         let _ = maps::remember(&packet.flow, &pending, true);
         return SHOT;
     }
-    // The proxy's: there is no time to be choosy. Without an entry: what comes next meets the kernel's connection, or, if it
-    // made none, proves itself again.
-    give_to_proxy(skb, packet, &mut pending)
+    // The proxy's: there is no time to be choosy. What it has no room for now comes again, and must be known then; what it
+    // takes is the kernel's from here on.
+    let verdict = give_to_proxy(skb, packet, &mut pending);
+    if verdict == SHOT {
+        let _ = maps::remember(&packet.flow, &pending, true);
+    }
+    verdict
 }
 
 /// What a connection opens with.

@@ -3,15 +3,16 @@
 
 use std::{
     collections::HashMap,
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, TcpListener, TcpStream},
 };
 
 use aya::{
     Ebpf,
+    maps::MapData,
     programs::{TestRun as _, TestRunOptions},
 };
 use preflightd_common::{
-    abi::{Config, Endpoint, Interface, Service, config_flags, event, fail_open, state},
+    abi::{Config, Endpoint, Flow, Interface, Pending, Service, config_flags, event, fail_open, state},
     tcp::{flags, read_options},
 };
 
@@ -65,6 +66,25 @@ impl Bench {
 
     fn event(&self, slot: u32) -> u64 {
         self.maps.counts(1).expect("readable").event(slot)
+    }
+
+    /// How many connections have an entry.
+    fn waiting(&mut self) -> usize {
+        self.pending().keys().filter_map(Result::ok).count()
+    }
+
+    /// Evicts them all.
+    fn forget_all(&mut self) {
+        let mut pending = self.pending();
+        let flows: Vec<_> = pending.keys().filter_map(Result::ok).collect();
+        for flow in flows {
+            pending.remove(&flow).expect("PENDING");
+        }
+    }
+
+    fn pending(&mut self) -> aya::maps::HashMap<&mut MapData, Flow, Pending> {
+        let map = self.ebpf.map_mut("PENDING").expect("the programs' own");
+        aya::maps::HashMap::try_from(map).expect("a hash map")
     }
 
     /// Why connections were left to the kernel since the last call.
@@ -133,56 +153,49 @@ fn frames_that_are_counted_and_frames_that_are_not() {
 
 #[test]
 fn syns_that_are_left_to_the_kernel() {
-    if !have_root() {
-        return;
-    }
-    let scratch = Scratch::new("frames");
-    let netns = super::netns::Netns::open(&scratch.path()).expect("just made");
-    netns
-        .enter(|| {
-            let listener = TcpListener::bind("127.0.0.1:80").expect("the namespace is ours");
-            let syn = tcp(80, flags::SYN, LINUX, b"");
-            let plain = v4(&ipv4(5, 0, 6), &syn);
-            let off = Config { state: state::OFF, ..deferring() };
-            let observe = Config { state: state::OBSERVE, ..deferring() };
-            let pressed = Config { flags: config_flags::PRESSURE, ..deferring() };
-            let options = |bytes: &[u8]| v4(&ipv4(5, 0, 6), &tcp(80, flags::SYN, bytes, b""));
-            let flagged = |bits: u8| v4(&ipv4(5, 0, 6), &tcp(80, bits, LINUX, b""));
-            let mut bench = Bench::new(80, deferring());
-            for (name, config, frame, want) in [
-                ("off", off, plain.clone(), vec![]),
-                ("observing", observe, plain.clone(), vec![]),
-                ("the map is nearly full", pressed, plain.clone(), vec!["pressure"]),
-                ("no room", Config { room: 0, ..deferring() }, plain.clone(), vec!["pressure"]),
-                ("nobody's share", Config { percent: 0, ..deferring() }, plain.clone(), vec!["percent"]),
-                ("IP options", deferring(), v4(&ipv4(6, 0, 6), &syn), vec!["ip_options"]),
-                ("a fragment", deferring(), v4(&ipv4(5, 0x2000, 6), &syn), vec!["ip_options"]),
-                ("data", deferring(), v4(&ipv4(5, 0, 6), &tcp(80, flags::SYN, LINUX, b"x")), vec!["odd_syn"]),
-                ("urgent", deferring(), flagged(flags::SYN | flags::URG), vec!["odd_syn"]),
-                ("Fast Open", deferring(), options(&[34, 2, 1, 1]), vec!["odd_syn"]),
-                ("an option of no length", deferring(), options(&[8, 0, 1, 1]), vec!["odd_syn"]),
-                ("a small MSS", deferring(), options(&[2, 4, 2, 0x17]), vec!["mss"]),
-                ("IPv6, where nobody listens", deferring(), v6(6, &[], &syn), vec!["no_listener"]),
-                ("IPv6 without an MSS", deferring(), v6(6, &[], &tcp(80, flags::SYN, &[], b"")), vec!["mss"]),
-                ("SYN and FIN", deferring(), flagged(flags::SYN | flags::FIN), vec![]),
-                ("SYN and ACK", deferring(), flagged(flags::SYN | flags::ACK), vec![]),
-            ] {
-                bench.maps.set_config(config).expect("CONFIG");
-                let (verdict, after) = bench.run("steer", &frame);
-                assert_eq!((verdict, after), (NEXT, frame), "{name}: untouched");
-                assert_eq!(bench.fail_opens(), want, "{name}");
-                assert_eq!(bench.event(event::SynAck), 0, "{name}");
-            }
-            bench.maps.set_config(deferring()).expect("CONFIG");
-            bench.maps.beat(false).expect("HEARTBEAT");
-            assert_eq!(bench.run("steer", &plain).0, NEXT);
-            assert_eq!(bench.fail_opens(), ["heartbeat"]);
-            drop(listener);
-            bench.maps.beat(true).expect("HEARTBEAT");
-            assert_eq!(bench.run("steer", &plain).0, NEXT);
-            assert_eq!(bench.fail_opens(), ["no_listener"]);
-        })
-        .expect("entered");
+    in_own_netns(|| {
+        let listener = TcpListener::bind("127.0.0.1:80").expect("the namespace is ours");
+        let syn = tcp(80, flags::SYN, LINUX, b"");
+        let plain = v4(&ipv4(5, 0, 6), &syn);
+        let off = Config { state: state::OFF, ..deferring() };
+        let observe = Config { state: state::OBSERVE, ..deferring() };
+        let pressed = Config { flags: config_flags::PRESSURE, ..deferring() };
+        let options = |bytes: &[u8]| v4(&ipv4(5, 0, 6), &tcp(80, flags::SYN, bytes, b""));
+        let flagged = |bits: u8| v4(&ipv4(5, 0, 6), &tcp(80, bits, LINUX, b""));
+        let mut bench = Bench::new(80, deferring());
+        for (name, config, frame, want) in [
+            ("off", off, plain.clone(), vec![]),
+            ("observing", observe, plain.clone(), vec![]),
+            ("the map is nearly full", pressed, plain.clone(), vec!["pressure"]),
+            ("no room", Config { room: 0, ..deferring() }, plain.clone(), vec!["pressure"]),
+            ("nobody's share", Config { percent: 0, ..deferring() }, plain.clone(), vec!["percent"]),
+            ("IP options", deferring(), v4(&ipv4(6, 0, 6), &syn), vec!["ip_options"]),
+            ("a fragment", deferring(), v4(&ipv4(5, 0x2000, 6), &syn), vec!["ip_options"]),
+            ("data", deferring(), v4(&ipv4(5, 0, 6), &tcp(80, flags::SYN, LINUX, b"x")), vec!["odd_syn"]),
+            ("urgent", deferring(), flagged(flags::SYN | flags::URG), vec!["odd_syn"]),
+            ("Fast Open", deferring(), options(&[34, 2, 1, 1]), vec!["odd_syn"]),
+            ("an option of no length", deferring(), options(&[8, 0, 1, 1]), vec!["odd_syn"]),
+            ("a small MSS", deferring(), options(&[2, 4, 2, 0x17]), vec!["mss"]),
+            ("IPv6, where nobody listens", deferring(), v6(6, &[], &syn), vec!["no_listener"]),
+            ("IPv6 without an MSS", deferring(), v6(6, &[], &tcp(80, flags::SYN, &[], b"")), vec!["mss"]),
+            ("SYN and FIN", deferring(), flagged(flags::SYN | flags::FIN), vec![]),
+            ("SYN and ACK", deferring(), flagged(flags::SYN | flags::ACK), vec![]),
+        ] {
+            bench.maps.set_config(config).expect("CONFIG");
+            let (verdict, after) = bench.run("steer", &frame);
+            assert_eq!((verdict, after), (NEXT, frame), "{name}: untouched");
+            assert_eq!(bench.fail_opens(), want, "{name}");
+            assert_eq!(bench.event(event::SynAck), 0, "{name}");
+        }
+        bench.maps.set_config(deferring()).expect("CONFIG");
+        bench.maps.beat(false).expect("HEARTBEAT");
+        assert_eq!(bench.run("steer", &plain).0, NEXT);
+        assert_eq!(bench.fail_opens(), ["heartbeat"]);
+        drop(listener);
+        bench.maps.beat(true).expect("HEARTBEAT");
+        assert_eq!(bench.run("steer", &plain).0, NEXT);
+        assert_eq!(bench.fail_opens(), ["no_listener"]);
+    });
 }
 
 #[test]
@@ -263,20 +276,62 @@ fn a_connection_that_waited_for_nothing_waits() {
     });
 }
 
+/// Under pressure a connection whose entry was evicted proves itself by its cookie. What the proxy has no room for must be
+/// known when it comes again, and what it takes must not.
+#[test]
+fn who_was_evicted_is_known_by_the_cookie() {
+    in_own_netns(|| {
+        let listener =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket");
+        let address = std::net::SocketAddr::from((Ipv4Addr::LOCALHOST, 80));
+        listener.bind(&address.into()).expect("the namespace is ours");
+        listener.listen(0).expect("listen");
+        let mut bench = Bench::new(80, deferring());
+        let syn = v4(&ipv4(5, 0, 6), &tcp(80, flags::SYN, LINUX, b""));
+        let (verdict, reply) = bench.run("steer", &syn);
+        assert_eq!(verdict, REDIRECT, "{:?}", bench.fail_opens());
+        let number = u32::from_be_bytes(reply[38..42].try_into().expect("four bytes"));
+        let pressed = Config { cookie_budget: 100, ..deferring() };
+        let pressed = Config { flags: pressed.flags | config_flags::PRESSURE, ..pressed };
+        bench.maps.set_config(pressed).expect("CONFIG");
+        let segment = |acknowledged: u32, data: &[u8]| {
+            let mut segment = tcp(80, flags::ACK, &[1, 1, 8, 10, 0, 0, 1, 3, 0, 0, 0, 1], data);
+            segment[4..8].copy_from_slice(&0x0102_0305_u32.to_be_bytes());
+            segment[8..12].copy_from_slice(&acknowledged.to_be_bytes());
+            v4(&ipv4(5, 0, 6), &segment)
+        };
+        let right = number.wrapping_add(1);
+        let mut step = |name: &str, segment: &[u8], want: (i32, u64, u64, usize)| {
+            bench.forget_all();
+            let before = (bench.event(event::CookieGood), bench.event(event::CookieBad));
+            let verdict = bench.run("steer", segment).0;
+            let good = bench.event(event::CookieGood) - before.0;
+            let bad = bench.event(event::CookieBad) - before.1;
+            assert_eq!((verdict, good, bad, bench.waiting()), want, "{name}");
+        };
+        step("it waits on", &segment(right, b""), (SHOT, 1, 0, 1));
+        step("another number", &segment(right ^ 0x100, b""), (NEXT, 0, 1, 0));
+        step("the proxy has room", &segment(right, b"GET / HT"), (NEXT, 1, 0, 0));
+        let _fills = TcpStream::connect(address).expect("the queue takes one");
+        step("the proxy has none", &segment(right, b"GET / HT"), (SHOT, 1, 0, 1));
+    });
+}
+
 /// Runs `body` in a namespace where somebody listens, on both families.
 fn while_listening(body: impl FnOnce(&mut Bench) + Send) {
-    if !have_root() {
-        return;
+    in_own_netns(|| {
+        let _v4 = TcpListener::bind("127.0.0.1:80").expect("the namespace is ours");
+        let _v6 = TcpListener::bind("[::1]:80").expect("the namespace is ours");
+        body(&mut Bench::new(80, deferring()));
+    });
+}
+
+fn in_own_netns(body: impl FnOnce() + Send) {
+    if have_root() {
+        let scratch = Scratch::new("frames");
+        let netns = super::netns::Netns::open(&scratch.path()).expect("just made");
+        netns.enter(body).expect("entered");
     }
-    let scratch = Scratch::new("frames");
-    let netns = super::netns::Netns::open(&scratch.path()).expect("just made");
-    netns
-        .enter(|| {
-            let _v4 = TcpListener::bind("127.0.0.1:80").expect("the namespace is ours");
-            let _v6 = TcpListener::bind("[::1]:80").expect("the namespace is ours");
-            body(&mut Bench::new(80, deferring()));
-        })
-        .expect("entered");
 }
 
 fn v4(ip: &[u8], tcp: &[u8]) -> Vec<u8> {
