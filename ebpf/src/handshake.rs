@@ -240,6 +240,7 @@ fn answer_again(
     pending: &mut Pending,
     now: u64,
 ) -> i32 {
+    maps::unsettle(&packet.flow);
     // SAFETY: the context.
     let index = unsafe { (*skb).ifindex };
     let (Some(interface), Some(asked)) = (maps::interface(index), packet.options(skb)) else { return SHOT };

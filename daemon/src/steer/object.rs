@@ -96,7 +96,7 @@ fn fit_and_load(fit: Result<Fit, Error>, pins: Option<&Path>, pending: u32) -> R
     Ok(Fitted { ebpf, cannot_steer, time_wait })
 }
 
-/// The maps that outlive a daemon: all but this CPU's scratch.
+/// The maps that outlive a daemon: all but what belongs to one program alone.
 pub(super) const PINNED: &[&str] = &[
     "PORTS",
     "CONFIG",
