@@ -18,6 +18,12 @@ const CALM: Duration = Duration::from_secs(10);
 /// What is not ours on a port is judged over this time, from so many connections on.
 const JUDGED: Duration = Duration::from_secs(10);
 const JUDGED_FROM: u64 = 8;
+/// What is plain HTTP/1.
+const OURS: [u32; 3] = [kind::Preflight, kind::Options, kind::Other];
+/// So many clients may wait in silence for each that has spoken of late: in a time that fades by this much each time that
+/// a port is judged, ten minutes in all, as long as silent clients are kept.
+const SILENT_EACH: f64 = 8.0;
+const FADING: f64 = 1.0 - 1.0 / 60.0;
 
 /// How long a port is disengaged at first; each time twice as long.
 pub(super) const FIRST_PAUSE: Duration = Duration::from_mins(1);
@@ -89,37 +95,28 @@ impl Steering {
         }
         let before = std::mem::replace(&mut self.judged, (now, self.counts.clone())).1;
         for (port, row) in &mut self.rows {
+            let new = |kind| self.counts.port(row.row, kind).saturating_sub(before.port(row.row, kind));
+            let silent = self.pending.silent.get(row.row as usize).copied().unwrap_or(0);
             if let Some(off) = &row.disengaged {
-                if now < off.until {
-                    continue;
+                if now >= off.until {
+                    tracing::info!(port, "the port is tried again");
+                    row.disengaged = None;
+                    // Those wait since then.
+                    row.silent_before = silent;
+                    row.spoken = 0.0;
                 }
-                tracing::info!(port, "the port is tried again");
-                row.disengaged = None;
                 continue;
             }
-            let new = |kind| self.counts.port(row.row, kind).saturating_sub(before.port(row.row, kind));
-            let spoken = [kind::Preflight, kind::Options, kind::Other].into_iter();
-            let ours: u64 = spoken.map(new).sum();
-            let foreign = [
-                (kind::Tls, "TLS"),
-                (kind::H2c, "HTTP/2 without TLS"),
-                (kind::ProxyProtocol, "the PROXY protocol"),
-                (kind::ServerFirst, "a server that speaks first"),
-            ];
-            let worst = foreign.into_iter().map(|(kind, name)| (new(kind), name)).max().unwrap_or_default();
-            let silent = self.pending.silent.get(row.row as usize).copied().unwrap_or(0);
-            let why = if worst.0 >= JUDGED_FROM && worst.0 >= ours {
-                Some(format!("{} of the last {} connections began with {}", worst.0, worst.0 + ours, worst.1))
-            } else if ours == 0 && u64::from(silent) >= JUDGED_FROM {
-                Some(format!(
-                    "{silent} clients wait, as for a server that speaks first, and none has spoken of late"
-                ))
-            } else {
-                if ours >= JUDGED_FROM {
-                    row.pause = FIRST_PAUSE;
-                }
-                None
-            };
+            let ours = OURS.into_iter().map(new).sum::<u64>();
+            #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+            let spoken = row.spoken * FADING + ours as f64;
+            row.spoken = spoken;
+            // They go one after the other.
+            row.silent_before = row.silent_before.min(silent);
+            let why = objection(new, silent - row.silent_before, spoken);
+            if why.is_none() && ours >= JUDGED_FROM {
+                row.pause = FIRST_PAUSE;
+            }
             if let Some(why) = why {
                 tracing::warn!(
                     port,
@@ -178,5 +175,62 @@ impl Steering {
             silent,
         };
         Ok(())
+    }
+}
+
+/// Why connections of a port are not for us to defer, if so. `new`: how many connections opened with a kind since the port
+/// was judged last; `silent`: how many wait; `spoken`: how many opened with plain HTTP/1 of late.
+fn objection(new: impl Fn(u32) -> u64, silent: u32, spoken: f64) -> Option<String> {
+    let foreign = [
+        (kind::Tls, "TLS"),
+        (kind::H2c, "HTTP/2 without TLS"),
+        (kind::ProxyProtocol, "the PROXY protocol"),
+        (kind::ServerFirst, "a server that speaks first"),
+    ];
+    let ours: u64 = OURS.into_iter().map(&new).sum();
+    let (most, what) = foreign.into_iter().map(|(kind, what)| (new(kind), what)).max().unwrap_or_default();
+    if most >= JUDGED_FROM && most >= ours {
+        return Some(format!("{most} of the last {} connections began with {what}", most + ours));
+    }
+    // Browsers open connections ahead of need; where HTTP is spoken, most that come speak.
+    (u64::from(silent) >= JUDGED_FROM && f64::from(silent) > SILENT_EACH * spoken).then(|| {
+        format!(
+            "{silent} clients wait, as for a server that speaks first, and {spoken:.0} have spoken of late"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_that_are_not_ours() {
+        /// Name, connections by kind, clients that wait, those that have spoken of late, what the objection says.
+        type Case = (&'static str, &'static [(u32, u64)], u32, f64, Option<&'static str>);
+        let cases: &[Case] = &[
+            ("nobody", &[], 0, 0.0, None),
+            ("plain HTTP", &[(kind::Other, 100), (kind::Preflight, 3)], 2, 103.0, None),
+            ("TLS", &[(kind::Tls, 8)], 0, 0.0, Some("8 of the last 8 connections began with TLS")),
+            ("a little TLS", &[(kind::Tls, 7)], 0, 0.0, None),
+            ("as much TLS as HTTP", &[(kind::Tls, 20), (kind::Other, 20)], 0, 20.0, Some("TLS")),
+            ("less TLS than HTTP", &[(kind::Tls, 20), (kind::Other, 21)], 0, 21.0, None),
+            ("the PROXY protocol", &[(kind::ProxyProtocol, 9)], 0, 0.0, Some("PROXY")),
+            ("all wait", &[], 8, 0.0, Some("8 clients wait")),
+            ("a few wait", &[], 7, 0.0, None),
+            ("one strayed to a server that speaks first", &[], 9, 1.0, Some("9 clients wait")),
+            ("browsers that opened ahead of need, on a quiet site", &[], 8, 1.0, None),
+            ("the same in the midst of traffic", &[(kind::Other, 50)], 300, 50.0, None),
+        ];
+        for (name, counts, silent, spoken, want) in cases {
+            let new = |kind| counts.iter().find(|(of, _)| *of == kind).map_or(0, |(_, count)| *count);
+            let got = objection(new, *silent, *spoken);
+            match want {
+                None => assert_eq!(got, None, "{name}"),
+                Some(want) => {
+                    assert!(got.as_deref().is_some_and(|why| why.contains(want)), "{name}: {got:?}");
+                }
+            }
+        }
     }
 }

@@ -130,6 +130,10 @@ struct Port {
 
 struct Times {
     key: Instant,
+    /// Connections that opened with plain HTTP/1 of late, fading.
+    spoken: f64,
+    /// Clients that waited already when the port was engaged.
+    silent_before: u32,
     look: Instant,
     firewall: Instant,
     sweep: Instant,
@@ -659,7 +663,9 @@ fn rows(services: &[Service]) -> Result<BTreeMap<u16, Port>> {
     Ok(ports
         .into_iter()
         .zip(0..)
-        .map(|(port, row)| (port, Port { row, disengaged: None, pause: measure::FIRST_PAUSE }))
+        .map(|(port, row)| {
+            (port, Port { row, disengaged: None, pause: measure::FIRST_PAUSE, spoken: 0.0, silent_before: 0 })
+        })
         .collect())
 }
 
