@@ -58,6 +58,8 @@ impl Steering {
             self.routes = routes;
         }
         self.known = known;
+        // Now and then as if nothing were known: a predecessor may have written after us.
+        self.served = None;
         if let Ok(Ok(sysctls)) = self.netns.enter(Sysctls::read) {
             self.sysctls = sysctls;
         }

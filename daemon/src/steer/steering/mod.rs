@@ -54,10 +54,14 @@ const TAKE_OVER: Duration = Duration::from_millis(300);
 /// How often entries that nobody goes on with are swept out, in calm and while the map fills up.
 const SWEEP: Duration = Duration::from_secs(10);
 const SWEEP_PRESSED: Duration = Duration::from_secs(1);
-/// A sweep of a full map takes milliseconds, in which its CPU processes no packets: one part in so many of the time.
+/// A sweep of a full map takes milliseconds, in which its CPU processes no packets: one part in so many of the time, as far
+/// as [`SWEEP`] lets it.
 const SWEEP_SHARE: u32 = 500;
 /// Cookies that each CPU checks in a second while entries are being evicted.
 const COOKIE_BUDGET: u32 = 1000;
+/// Pairs of address and port: half of what fits, for while they are replaced the old and the new ones are there, and the
+/// self-test's.
+const ROOM: usize = MAX_SERVED as usize / 2 - 1;
 const TEST_ROW: u32 = MAX_PORTS - 1;
 
 /// A port of the proxy that is steered.
@@ -126,14 +130,14 @@ struct Port {
     disengaged: Option<Disengaged>,
     /// How long it is disengaged the next time.
     pause: Duration,
-}
-
-struct Times {
-    key: Instant,
     /// Connections that opened with plain HTTP/1 of late, fading.
     spoken: f64,
     /// Clients that waited already when the port was engaged.
     silent_before: u32,
+}
+
+struct Times {
+    key: Instant,
     look: Instant,
     firewall: Instant,
     sweep: Instant,
@@ -496,7 +500,7 @@ impl Steering {
         }
         if self.beyond > 0 {
             reasons.push(format!(
-                "{} pairs of address and port are the proxy's alone, for only {MAX_SERVED} fit: name the listeners' \
+                "{} pairs of address and port are the proxy's alone, for only {ROOM} fit: name the listeners' \
                  addresses",
                 self.beyond
             ));
@@ -632,12 +636,17 @@ impl Steering {
                 }
             }
         }
-        let beyond: Vec<_> = served.keys().skip(MAX_SERVED as usize).copied().collect();
-        self.beyond = beyond.len();
-        for endpoint in beyond {
-            served.remove(&endpoint);
+        self.beyond = served.len().saturating_sub(ROOM);
+        if self.beyond > 0 {
+            let mut endpoints: Vec<_> = served.keys().copied().collect();
+            endpoints.sort_unstable_by_key(|endpoint| (endpoint.port, endpoint.address));
+            for endpoint in endpoints.split_off(ROOM) {
+                served.remove(&endpoint);
+            }
         }
         if self.served.as_ref() != Some(&served) {
+            // Not known, should it fail half-way.
+            self.served = None;
             self.maps.serve(&served)?;
             self.served = Some(served);
         }
