@@ -87,8 +87,7 @@ impl Everyone {
             }
             let Some((name, cpu, is_kernel)) = name_and_cpu(dir) else { return };
             if cpu == cpus.server || cpu == cpus.client {
-                // It watches how memory is used (Documentation/mm/damon), load or not.
-                let is_load = is_kernel && !name.starts_with("kdamond");
+                let is_load = is_kernel && WORK_FOR_LOAD.iter().any(|prefix| name.starts_with(prefix));
                 let sum = if is_load { &mut others.kernel } else { &mut others.work };
                 *sum += Duration::from_nanos(spent);
             }
@@ -133,12 +132,15 @@ impl Busy {
     }
 }
 
+/// Threads of the kernel that work for the load: softirqs, RCU, and work queues, which free what RCU lets go.
+const WORK_FOR_LOAD: [&str; 5] = ["ksoftirqd/", "rcu_", "rcuo", "rcuc/", "kworker/"];
+
 /// CPU time that somebody else has taken.
 #[derive(Clone, Copy, Debug)]
 pub struct Others {
     /// Other tasks, and what a hypervisor kept from us.
     pub work: Duration,
-    /// The kernel's threads (softirq, RCU, work queues): they work for the load, not against it.
+    /// [`WORK_FOR_LOAD`]: not against it.
     pub kernel: Duration,
 }
 

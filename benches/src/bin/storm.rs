@@ -21,7 +21,7 @@ use std::{
     process::{self, ExitCode},
     sync::Mutex,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 const ROUNDS: usize = 8;
@@ -80,6 +80,8 @@ struct Sample {
     due: f64,
     sent: f64,
     answered: f64,
+    /// Preflights, in percent of those that were due.
+    lost: f64,
     /// Of the node's CPU, the clients' one.
     server: f64,
     client: f64,
@@ -155,13 +157,14 @@ impl Scene<'_> {
         let requests = policies::requests(Size::SMALL, 5);
         let duration = Duration::from_secs(1);
         let storm = Storm { requests: &requests, rate: 1e6, in_flight: 256, duration };
-        let begin = Busy::now(self.lab.cpus)?;
+        let (begin, started) = (Busy::now(self.lab.cpus)?, Instant::now());
         let outcome = self.storms[&Variant::None].lock().expect("a storm panicked").run(&storm)?;
+        let elapsed = started.elapsed();
         let busy = Busy::now(self.lab.cpus)?.since(begin);
         thread::sleep(CALM);
         Ok((
             outcome.answered as f64 / duration.as_secs_f64(),
-            busy.server.as_secs_f64() / duration.as_secs_f64(),
+            busy.server.as_secs_f64() / elapsed.as_secs_f64(),
         ))
     }
 
@@ -202,6 +205,7 @@ impl Scene<'_> {
             due: per_second(|storm| storm.due),
             sent: per_second(|storm| storm.sent),
             answered: per_second(|storm| storm.answered),
+            lost: preflights.map_or(0.0, |storm| 100.0 * storm.failed as f64 / storm.due as f64),
             server: busy.server.as_secs_f64() / duration.as_secs_f64(),
             client: busy.client.as_secs_f64() / duration.as_secs_f64(),
         };
@@ -272,6 +276,7 @@ fn markdown(
         "preflights due/s",
         "sent/s",
         "answered/s",
+        "not answered, %",
         "node's CPU",
         "clients' CPU",
     ]);
@@ -286,6 +291,7 @@ fn markdown(
                 of(|one| one.due),
                 of(|one| one.sent),
                 of(|one| one.answered),
+                of(|one| one.lost),
                 of(|one| one.server),
                 of(|one| one.client),
             ]);
@@ -295,11 +301,12 @@ fn markdown(
     Ok(format!(
         "# GETs in a storm of preflights\n\n{}\n\n{}\n{}\n\
          - Two nodes (network namespaces) with an nginx each, one steered. nginx (as ingress-nginx configures it, without its Lua), preflightd's worker and the nodes' \
-         network stack (receive packet steering) share CPU {}; the clients, who send GETs and storm, have CPU {}. There \
+         network stack (receive packet steering) share CPU {}; the clients, who send GETs and storm, have CPU {}, but what comes to \
+         them is received on CPU {}: that adds to the node's CPU, on both nodes. There \
          were no more CPUs to give nginx one of its own.\n\
          - {} GETs a second at even intervals, a connection each; latency counts from when a GET was due, and what failed counts as \
          4.3 s. They go before the storm on the clients' CPU.\n\
-         - The storm: preflights, a connection each, by a TCP of our own that costs the clients' CPU little, due at {} times what saturates the bare nginx ({saturation:.0}/s, which takes \
+         - The storm: preflights with Connection: close, a connection each, by a TCP of our own that costs the clients' CPU little, due at {} times what saturates the bare nginx ({saturation:.0}/s, which takes \
          {:.0} % of its CPU), at most {IN_FLIGHT} waiting at once.\n\
          - CPU for each preflight is the node's CPU in the storm, less that in calm, over what was answered.\n\
          - {} rounds in shuffled order, slices of {} ms; medians over rounds, ratios taken within rounds, bounds by order \
@@ -310,6 +317,7 @@ fn markdown(
         report::figures(figures),
         scene.lab.cpus.server,
         scene.lab.cpus.client,
+        scene.lab.cpus.server,
         arguments.gets,
         arguments.factor,
         saturated_cpu * 100.0,
