@@ -201,6 +201,37 @@ fn an_upgrade_in_place() {
     load.stop().expect_flawless();
 }
 
+/// Clients that an earlier daemon left waiting, as idle browsers do, do not make a port one of a server that speaks first.
+#[test]
+fn an_upgrade_among_silent_clients() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::new();
+    if !lab.is_steered() {
+        return;
+    }
+    lab.wait_steered();
+    for site in lab.sites() {
+        for i in 0..5 {
+            lab.expect_worker(&lab.preflight(site), format_args!("{site}, {i}, before"));
+        }
+    }
+    let wire = lab.wire(lab.sites()[0]);
+    let _silent: Vec<_> = (0..12).map(|_| wire.connect(Offer::LINUX)).collect();
+    // From ten seconds on they count; a port is judged every ten.
+    thread::sleep(Duration::from_secs(11));
+    let mut second = lab.another_daemon(SECOND_ADMIN);
+    second.wait_ready(lab.home());
+    let mut first = lab.replace_daemon(second).expect("the first daemon");
+    first.signal(Signal::TERM);
+    assert!(first.wait().success(), "{}", first.log());
+    thread::sleep(Duration::from_secs(22));
+    for site in lab.sites() {
+        lab.expect_worker(&lab.preflight(site), format_args!("{site}, after"));
+    }
+}
+
 #[test]
 fn a_detached_program_under_load() {
     if !can_run() {

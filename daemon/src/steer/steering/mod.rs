@@ -305,6 +305,11 @@ impl Steering {
         self.counts = self.maps.counts(self.rows.len() as u32)?;
         self.earlier = (Instant::now(), preflights(&self.counts));
         self.judged = (Instant::now(), self.counts.clone());
+        // Whom an earlier daemon left waiting says nothing of a port: idle browsers do not speak when we start.
+        self.sweep()?;
+        for row in self.rows.values_mut() {
+            row.silent_before = self.pending.silent.get(row.row as usize).copied().unwrap_or(0);
+        }
         self.changes = self.netns.enter(firewall::Changes::open)?.ok();
         self.look_at_firewall(true)?;
         self.look(true)?;
