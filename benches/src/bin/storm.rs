@@ -178,6 +178,11 @@ impl Scene<'_> {
             rate *= STEP;
             thread::sleep(CALM);
         }
+        if best.0 == 0.0 {
+            return Err(io::Error::other(format!(
+                "nginx does not answer even {LEAST_RATE:.0} preflights/s here: run this on a faster or a quieter machine"
+            )));
+        }
         Ok(best)
     }
 
@@ -313,14 +318,16 @@ fn markdown(
     let noise = if arguments.accept_noise { ", **disturbed ones included**" } else { "" };
     Ok(format!(
         "# GETs in a storm of preflights\n\n{}\n\n{}\n{}\n\
-         - Two nodes (network namespaces) with an nginx each, one steered. nginx (as ingress-nginx configures it, without its Lua), preflightd's worker and the nodes' \
-         network stack (receive packet steering) share CPU {}; the clients, who send GETs and storm, have CPU {}, but what comes to \
-         them is received on CPU {}: that adds to the node's CPU, on both nodes. There \
-         were no more CPUs to give nginx one of its own.\n\
+         - Two nodes (network namespaces) with an nginx each, one steered. nginx (as ingress-nginx configures it, without its \
+         Lua), preflightd's worker and the nodes' network stack (receive packet steering) share CPU {}; the clients, who send \
+         GETs and storm, have CPU {}, but what comes to them is received on CPU {}: that adds to the node's CPU, on both nodes. \
+         There were no more CPUs to give nginx one of its own.\n\
          - {} GETs a second at even intervals, a connection each; latency counts from when a GET was due, and what failed counts as \
          4.3 s. They go before the storm on the clients' CPU.\n\
-         - The storm: preflights with Connection: close, a connection each, by a TCP of our own that costs the clients' CPU little, due at {} times what saturates the bare nginx: the highest rate, in \
-         steps of 7 %, of which it answers 98 % in time (median of {SATURATIONS} searches: {saturation:.0}/s, which takes {:.0} % of its CPU), at most {IN_FLIGHT} waiting at once.\n\
+         - The storm: preflights with Connection: close, a connection each, by a TCP of our own that costs the clients' CPU \
+         little, due at {} times what saturates the bare nginx: the highest rate, in steps of 7 %, of which it answers 98 % in \
+         time (median of {SATURATIONS} searches: {saturation:.0}/s, which takes {:.0} % of its CPU), at most {IN_FLIGHT} \
+         waiting at once.\n\
          - CPU for each preflight is the node's CPU in the storm, less that in calm, over what was answered.\n\
          - {} rounds in shuffled order, slices of {} ms; medians over rounds, ratios taken within rounds, bounds by order \
          statistics. {} slices{noise}, {} of them thrown away because other work took more than {:.0} % of a CPU meanwhile (each is \
