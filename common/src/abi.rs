@@ -4,7 +4,7 @@
 //! and taken over by another version of the daemon: whoever changes a layout or a slot raises [`VERSION`].
 
 /// Version of everything here; part of the path where maps and links are pinned.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// How many (port, listener) pairs can be counted; also bounds the served ports.
 pub const MAX_PORTS: u32 = 64;
@@ -26,6 +26,18 @@ pub const MAX_ROUTES: u32 = 16_384;
 
 /// Entries of `MARKS`.
 pub const MAX_MARKS: u32 = 16_384;
+
+/// Entries of `ANSWERED` unless the configuration says otherwise.
+pub const DEFAULT_ANSWERED: u32 = 65_536;
+
+/// Entries of `TERMS`; half of them is used, for while they are replaced the old and the new ones are there.
+pub const MAX_TERMS: u32 = 524_288;
+
+/// Entries of `TEMPLATES`; half of them is used, as of `TERMS`.
+pub const MAX_TEMPLATES: u32 = 8_192;
+
+/// Entries of `DATES`: so many seconds an answer can be sent again.
+pub const MAX_DATES: u32 = 64;
 
 /// A connection as its client sees it: addresses (IPv4 as `::ffff:a.b.c.d`) and ports in network order.
 #[repr(C)]
@@ -101,8 +113,12 @@ pub struct Config {
     pub room: u32,
     /// Changes each time that the daemon has counted.
     pub round: u32,
-    /// Zero.
-    pub zero: u32,
+    /// Which `TERMS` and `TEMPLATES` are in force; 0: none, and the kernel answers nothing.
+    pub generation: u32,
+    /// The time in seconds since 1970; its entry of `DATES` is there.
+    pub second: u32,
+    /// Longer heads are not answered (`limits.max_head_bytes`).
+    pub max_head: u32,
 }
 
 /// Bits of [`Config::flags`].
@@ -126,6 +142,8 @@ pub mod config_flags {
     pub const ROUTES_V4: u32 = 128;
     /// The same for IPv6.
     pub const ROUTES_V6: u32 = 256;
+    /// The program answers by itself what `TERMS` decide.
+    pub const ANSWERS: u32 = 512;
 }
 
 /// Nanoseconds after which a heartbeat is stale.
@@ -163,6 +181,12 @@ pub mod stage {
     pub const GIVEN: u8 = 3;
     /// The kernel may have had no room when a worker was chosen: next time the proxy.
     pub const GIVEN_TO_WORKER: u8 = 4;
+    /// The program has answered, and waits for the next request.
+    pub const OPEN: u8 = 5;
+    /// The same, and the answer was the last one: our FIN is out.
+    pub const ENDING: u8 = 6;
+    /// The client has ended the connection, and our FIN is out.
+    pub const ENDED: u8 = 7;
 }
 
 /// Bits of [`Pending::options`]: what the handshake agreed upon.
@@ -201,7 +225,28 @@ pub struct Pending {
     pub row: u16,
 }
 
-/// Ticks without a packet after which an entry of `PENDING` is swept, by stage.
+/// Value of `ANSWERED`: a connection that the program has answered on, and that has no socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answered {
+    /// As if the connection had begun behind the last answer: [`Pending::client_isn`] is the last byte that was taken from
+    /// the client, [`Pending::server_isn`] the last one that was sent.
+    pub pending: Pending,
+    /// Bytes of the last request.
+    pub request: u32,
+    /// Sequence numbers of the last answer: its bytes, and its FIN.
+    pub answer: u32,
+    /// Which template it was made from.
+    pub template: Template,
+    /// The second of its `Date`.
+    pub second: u32,
+    /// The sum of its bytes, as checksums sum.
+    pub sum: u32,
+    /// 1: the client has acknowledged it.
+    pub acknowledged: u32,
+}
+
+/// Ticks without a packet after which an entry of `PENDING` or `ANSWERED` is swept, by stage.
 pub mod expiry {
     /// A client that has not acknowledged our SYN-ACK sends its SYN again after 1, 3, 7 and 15 s.
     pub const DEFERRED: u32 = ticks(20);
@@ -211,6 +256,12 @@ pub mod expiry {
     pub const OBSERVED: u32 = ticks(120);
     /// The kernel's.
     pub const GIVEN: u32 = ticks(60);
+    /// Longer than any browser keeps an idle connection (Chrome: five minutes).
+    pub const OPEN: u32 = ticks(600);
+    /// As long as Linux waits for the other side's FIN (`tcp_fin_timeout`).
+    pub const ENDING: u32 = ticks(60);
+    /// The client sends its FIN again, if it has not got ours.
+    pub const ENDED: u32 = ticks(20);
     /// A client that has waited for so long waits for the server to speak, or is in no hurry.
     pub const SILENT: u32 = ticks(10);
 
@@ -239,6 +290,218 @@ pub mod host_kind {
     pub const SUFFIX: u32 = 1;
     /// Every host.
     pub const ANY: u32 = 2;
+}
+
+/// Bytes of the text of a [`Term`]: longer ones are not the kernel's.
+pub const MAX_TEXT: u32 = 64;
+
+/// Key of `TERMS`, which hold the part of the policy table that the program decides by. Compared byte for byte: nothing
+/// that a client sends can be taken for something else.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Term {
+    /// The table's generation.
+    pub generation: u32,
+    /// One of [`term`].
+    pub kind: u16,
+    /// Bytes of text, at most [`MAX_TEXT`].
+    pub length: u16,
+    /// What it belongs to: a listener, a host, a set.
+    pub of: u32,
+    /// Zero.
+    pub zero: u32,
+    /// The text as words of eight bytes, the first byte lowest; zeros behind it.
+    pub text: [u64; MAX_TEXT as usize / 8],
+}
+
+/// What a [`Term`] stands for; the value of [`Term::kind`].
+pub mod term {
+    /// A listener's ports: their number (0: any), then the ports.
+    pub const LISTENER: u16 = 1;
+    /// A host of a listener. Value: [`super::Routes`].
+    pub const HOST: u16 = 2;
+    /// What a host of a listener ends with, from a dot on, if one label is before it.
+    pub const HOST_BELOW: u16 = 3;
+    /// The same, with more labels before it.
+    pub const HOST_FAR_BELOW: u16 = 4;
+    /// Every host of a listener; no text.
+    pub const ANY_HOST: u16 = 5;
+    /// A path of a host, all of it. Value: [`super::Rule`].
+    pub const PATH: u16 = 6;
+    /// What a path of a host begins with, on element boundaries, without a slash at its end.
+    pub const PATH_BELOW: u16 = 7;
+    /// An origin of a set.
+    pub const ORIGIN: u16 = 8;
+    /// What the host of an origin with `https` ends with, from a dot on; no text: every host.
+    pub const HTTPS_BELOW: u16 = 9;
+    /// The same with `http`.
+    pub const HTTP_BELOW: u16 = 10;
+    /// The name of a request header in a set. Value: its position in ascending order.
+    pub const NAME: u16 = 11;
+}
+
+/// Value of a [`Term`], as one of the types below or as the kind says.
+pub type Value = [u32; 8];
+
+/// The paths of a host.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Routes {
+    /// What its paths are kept under.
+    pub host: u32,
+    /// Of [`routes_flags`].
+    pub flags: u32,
+    /// A bit for each length that a [`term::PATH`] has, below 64.
+    pub exact: u64,
+    /// A bit for each length that a [`term::PATH_BELOW`] has, below 64.
+    pub prefixes: u64,
+}
+
+/// Bits of [`Routes::flags`].
+pub mod routes_flags {
+    /// There are paths of 64 bytes and more, which are not in `TERMS`.
+    pub const LONG: u32 = 1;
+    /// There are regular expressions.
+    pub const REGEX: u32 = 2;
+}
+
+impl Routes {
+    /// As a map has it.
+    #[inline(always)]
+    pub fn value(&self) -> Value {
+        let (low, high) = (self.exact as u32, (self.exact >> 32) as u32);
+        [self.host, self.flags, low, high, self.prefixes as u32, (self.prefixes >> 32) as u32, 0, 0]
+    }
+
+    /// The other way round.
+    #[inline(always)]
+    pub fn of(value: &Value) -> Self {
+        let [host, flags, a, b, c, d, _, _] = *value;
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        Self { host, flags, exact: pair(a, b), prefixes: pair(c, d) }
+    }
+}
+
+/// What a policy says, as far as the program can decide by it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rule {
+    /// Of [`rule_flags`].
+    pub flags: u32,
+    /// Allowed methods, by the bits of [`crate::decide::method_bit`].
+    pub methods: u32,
+    /// The set of origins.
+    pub origins: u32,
+    /// The set of names of request headers.
+    pub names: u32,
+    /// Number of the template for what is allowed; the next one has `Connection: close`.
+    pub allowed: u32,
+    /// The same for what is not.
+    pub denied: u32,
+    /// Number of the route's label.
+    pub label: u32,
+    /// Zero.
+    pub zero: u32,
+}
+
+impl Rule {
+    /// As a map has it.
+    #[inline(always)]
+    pub fn value(&self) -> Value {
+        let Self { flags, methods, origins, names, allowed, denied, label, zero } = *self;
+        [flags, methods, origins, names, allowed, denied, label, zero]
+    }
+
+    /// The other way round.
+    #[inline(always)]
+    pub fn of(value: &Value) -> Self {
+        let [flags, methods, origins, names, allowed, denied, label, zero] = *value;
+        Self { flags, methods, origins, names, allowed, denied, label, zero }
+    }
+}
+
+/// Bits of [`Rule::flags`].
+pub mod rule_flags {
+    /// The program may decide.
+    pub const DECIDES: u32 = 1;
+    /// Every origin is allowed.
+    pub const ALL_ORIGINS: u32 = 2;
+    /// There are [`super::term::HTTPS_BELOW`] or [`super::term::HTTP_BELOW`].
+    pub const ORIGINS_BELOW: u32 = 4;
+    /// Of these only with one label before them, of letters, digits and `-`.
+    pub const ONE_LABEL: u32 = 8;
+    /// Further origins may be allowed: one that is not found is a worker's to judge.
+    pub const MORE_ORIGINS: u32 = 16;
+    /// Methods are left to the browser.
+    pub const ALL_METHODS: u32 = 32;
+    /// Names of request headers are left to the browser.
+    pub const ALL_NAMES: u32 = 64;
+    /// What is not allowed goes to the proxy.
+    pub const DENIED_PASS: u32 = 128;
+    /// What is not allowed is a worker's to answer.
+    pub const DENIED_ASK: u32 = 256;
+}
+
+/// Key of `TEMPLATES`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Template {
+    /// The table's generation.
+    pub generation: u32,
+    /// As in [`Rule`].
+    pub number: u32,
+}
+
+/// Bytes that fit before the date of an answer, between date and origin, and behind the origin.
+pub const MAX_FRONT: usize = 64;
+/// The same.
+pub const MAX_MIDDLE: usize = 96;
+/// The same.
+pub const MAX_TAIL: usize = 1024;
+
+/// Value of `TEMPLATES`: the bytes of an answer before its date, between date and origin, and behind the origin.
+///
+/// Sums are of 16-bit words in the order of memory (RFC 1071), as if each piece began at an even offset.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pieces {
+    /// Bytes before the date.
+    pub front_length: u32,
+    /// Bytes between date and origin.
+    pub middle_length: u32,
+    /// Bytes behind the origin.
+    pub tail_length: u32,
+    /// 1: the origin stands before the tail.
+    pub origin: u32,
+    /// Sum of the front.
+    pub front_sum: u32,
+    /// Sum of the middle.
+    pub middle_sum: u32,
+    /// Sum of the tail.
+    pub tail_sum: u32,
+    /// Zero.
+    pub zero: u32,
+    /// Before the date.
+    pub front: [u8; MAX_FRONT],
+    /// Between date and origin.
+    pub middle: [u8; MAX_MIDDLE],
+    /// Behind the origin.
+    pub tail: [u8; MAX_TAIL],
+}
+
+/// Bytes of a date.
+pub const DATE: u32 = 29;
+
+/// Value of `DATES`: the `Date` of a second.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Date {
+    /// Since 1970.
+    pub second: u32,
+    /// Sum of the text, as in [`Pieces`].
+    pub sum: u32,
+    /// IMF-fixdate (RFC 9110 §5.6.7), 29 bytes, and zeros.
+    pub text: [u8; 32],
 }
 
 macro_rules! slots {
@@ -308,6 +571,100 @@ slots! {
         SampledNs = "sampled_ns",
         /// How many were sampled.
         Sampled = "sampled",
+        /// Answers sent by the program; a resent one counts.
+        KernelAnswer = "kernel_answer",
+        /// Of these: to a request that was sent again.
+        KernelAnswerAgain = "kernel_answer_again",
+        /// Requests that were sent again when the bytes of their answer were gone: reset.
+        KernelAnswerGone = "kernel_answer_gone",
+        /// Connections that the program has answered on, and then given to a worker or the proxy.
+        HandedOver = "handed_over",
+        /// Ends of such connections that were answered.
+        KernelEnd = "kernel_end",
+        /// Entries made in `ANSWERED`.
+        AnsweredInserted = "answered_inserted",
+        /// Entries of it removed by the program.
+        AnsweredRemoved = "answered_removed",
+        /// Nanoseconds that answers took, of those among the sampled packets.
+        AnswerNs = "answer_ns",
+        /// How many these are.
+        AnswerSampled = "answer_sampled",
+    }
+}
+
+slots! {
+    /// Slots of `ASKED`, one `u64` for each CPU: why a preflight, or what began like one, was not the program's to answer.
+    ask {
+        /// Nothing: it was answered.
+        Nothing = "nothing",
+        /// Kernel answers are off, or there is no table yet.
+        Off = "off",
+        /// The segment is longer than what is looked at, was merged of several, ends the connection, or is odd in another way.
+        Segment = "segment",
+        /// The head is not complete.
+        Incomplete = "incomplete",
+        /// A byte that is no printable ASCII, or a line that does not end in CRLF.
+        Bytes = "bytes",
+        /// More lines than a head may have.
+        Lines = "lines",
+        /// Another version than HTTP/1.1.
+        Version = "version",
+        /// A target that is not origin-form, or that proxies may read differently.
+        Target = "target",
+        /// A header's name is odd.
+        Name = "name",
+        /// A header that the program does not judge.
+        Header = "header",
+        /// A header that may stand once stands twice.
+        Repeated = "repeated",
+        /// A value that the program does not judge.
+        Value = "value",
+        /// Something stands behind the head.
+        Behind = "behind",
+        /// `Host`, `Origin` or `Access-Control-Request-Method` is missing.
+        NoPreflight = "no_preflight",
+        /// A host that is odd, long, an address, or has a port that is not the listener's.
+        Host = "host",
+        /// A host that is not in the table.
+        UnknownHost = "unknown_host",
+        /// The host has paths longer than the program compares.
+        LongPath = "long_path",
+        /// The host has regular expressions.
+        Regex = "regex",
+        /// The policy echoes, is switched off, stale, in conflict, or too long.
+        Rules = "rules",
+        /// An origin that the program cannot judge.
+        Origin = "origin",
+        /// A method that the program cannot judge.
+        Method = "method",
+        /// Requested headers that the program cannot judge.
+        Names = "names",
+        /// The answer does not fit in what the client takes.
+        Room = "room",
+        /// `ANSWERED` is full.
+        Connections = "connections",
+    }
+}
+
+slots! {
+    /// Columns of `OUTCOMES`, one `u64` for each CPU: what the program decided, by route.
+    outcome {
+        /// Answered: allowed.
+        Allowed = "allowed",
+        /// Answered: the origin is not allowed.
+        DeniedOrigin = "denied_origin",
+        /// Answered: the method is not allowed.
+        DeniedMethod = "denied_method",
+        /// Answered: a requested header is not allowed.
+        DeniedHeaders = "denied_headers",
+        /// The proxy's: the origin is not allowed.
+        PassedOrigin = "passed_origin",
+        /// The proxy's: the method is not allowed.
+        PassedMethod = "passed_method",
+        /// The proxy's: a requested header is not allowed.
+        PassedHeaders = "passed_headers",
+        /// The proxy's: no policy has the path.
+        PassedRoute = "passed_route",
     }
 }
 
@@ -364,6 +721,10 @@ slots! {
         Silent = "silent",
         /// Removed by this sweep, and in none of the others.
         Removed = "removed",
+        /// Entries of `ANSWERED`.
+        Answered = "answered",
+        /// Entries of it that were removed, and are in none of the others.
+        AnsweredRemoved = "answered_removed",
     }
 }
 
@@ -388,6 +749,8 @@ slots! {
         ServerFirst = "server_first",
         /// OPTIONS later on a connection: the proxy's. Seen while observing only.
         Pooled = "pooled_options",
+        /// Answered by the program.
+        Kernel = "kernel",
         /// Given to a worker.
         Worker = "worker",
         /// Given to the proxy.
@@ -400,10 +763,16 @@ slots! {
 const _: () = assert!(size_of::<Flow>() == 36);
 const _: () = assert!(size_of::<Endpoint>() == 20);
 const _: () = assert!(size_of::<Service>() == 20);
-const _: () = assert!(size_of::<Config>() == 40);
+const _: () = assert!(size_of::<Config>() == 48);
 const _: () = assert!(size_of::<Interface>() == 8);
 const _: () = assert!(size_of::<Pending>() == 20);
 const _: () = assert!(size_of::<Host>() == 16);
+const _: () = assert!(size_of::<Answered>() == 48);
+const _: () = assert!(size_of::<Term>() == 80);
+const _: () = assert!(size_of::<Value>() == 32 && size_of::<Rule>() == 32 && size_of::<Routes>() == 24);
+const _: () = assert!(size_of::<Template>() == 8);
+const _: () = assert!(size_of::<Pieces>() == 1216);
+const _: () = assert!(size_of::<Date>() == 40);
 
 #[cfg(feature = "user")]
 mod pod {
@@ -412,7 +781,9 @@ mod pod {
         reason = "aya's marker for types that may cross into a map is unsafe to implement"
     )]
 
-    use super::{Config, Endpoint, Flow, Host, Interface, Pending, Service};
+    use super::{
+        Answered, Config, Date, Endpoint, Flow, Host, Interface, Pending, Pieces, Service, Template, Term,
+    };
 
     macro_rules! pod {
         ($($type:ty),+) => {
@@ -421,5 +792,5 @@ mod pod {
         };
     }
 
-    pod!(Config, Endpoint, Flow, Host, Interface, Pending, Service);
+    pod!(Answered, Config, Date, Endpoint, Flow, Host, Interface, Pending, Pieces, Service, Template, Term);
 }

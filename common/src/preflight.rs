@@ -3,16 +3,13 @@
 //! This is a filter, not a judge: it may send a worker what the worker turns away, and the proxy what a worker could
 //! have answered. It never answers anything.
 
-use crate::abi::kind;
+use crate::{
+    abi::kind,
+    words::{Buffer, LOOKED_AT, LOWER, byte, equal, front, lowest, word},
+};
 
 /// The only way a preflight can begin (RFC 9112 §3: method, one SP). Methods are case-sensitive.
 pub const METHOD: &[u8; 8] = b"OPTIONS ";
-
-/// So many bytes of the first segment are looked at.
-pub const LOOKED_AT: usize = 1536;
-
-/// A buffer for them; what lies behind may be looked at, but counts for nothing.
-pub type Buffer = [u8; 2048];
 
 /// So many steps always suffice for a head that is worth it: the words of [`LOOKED_AT`], and a step for each line.
 pub const MAX_STEPS: u32 = (LOOKED_AT / 8) as u32 + 128;
@@ -79,7 +76,6 @@ pub struct Scan {
     zero: u32,
 }
 
-const ONES: u64 = 0x0101_0101_0101_0101;
 const LINE_MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Scan {
@@ -99,9 +95,7 @@ impl Scan {
             }
             self.at = at + 8;
             let word = word(bytes, at);
-            // The high bit of each byte that is a line feed, and perhaps of some above the first one.
-            let x = word ^ (ONES * 0x0a);
-            self.feeds = x.wrapping_sub(ONES) & !x & (ONES << 7);
+            self.feeds = equal(word, b'\n');
             if self.lines == 0 {
                 let mask = if self.feeds == 0 { u64::MAX } else { up_to(self.feeds) };
                 self.line = mix(self.line, word & mask);
@@ -113,10 +107,7 @@ impl Scan {
         if feed >= self.len {
             return false;
         }
-        // Above a line feed a byte may seem to be one: look again.
-        if byte(bytes, feed) == b'\n' {
-            self.line_begins(bytes, feed);
-        }
+        self.line_begins(bytes, feed);
         self.seen & (seen::END | seen::FOREIGN) == 0
     }
 
@@ -135,7 +126,7 @@ impl Scan {
             return;
         }
         // Lower case; a few other bytes become letters too, which is the worker's to judge.
-        let name = word(bytes, at) | (ONES * 0x20);
+        let name = word(bytes, at) | LOWER;
         if left >= 5 && name << 24 == front(b"\0\0\0host:") {
             // A second one is for the worker to see.
             self.host = at + 5;
@@ -144,8 +135,8 @@ impl Scan {
         } else if left >= 7 && name << 8 == front(b"\0origin:") {
             self.seen |= seen::ORIGIN;
         } else if left >= 30 && name == front(b"access-c") {
-            let rest = word(bytes, at + 8) | (ONES * 0x20);
-            let third = word(bytes, at + 16) | (ONES * 0x20);
+            let rest = word(bytes, at + 8) | LOWER;
+            let third = word(bytes, at + 16) | LOWER;
             if rest == front(b"ontrol-r") && third == front(b"equest-m") {
                 self.seen |= seen::METHOD;
             }
@@ -175,40 +166,6 @@ impl Scan {
 fn up_to(feeds: u64) -> u64 {
     let bit = feeds & feeds.wrapping_neg();
     bit | (bit - 1)
-}
-
-/// Number of the byte of the lowest set bit; each set bit is the highest of a byte.
-#[inline(always)]
-fn lowest(feeds: u64) -> u32 {
-    let below = (feeds & feeds.wrapping_neg()).wrapping_sub(1);
-    // Each byte below is 0xff, the last 0x7f: count their lowest bits.
-    ((below & ONES).wrapping_mul(ONES) >> 56) as u32 - 1
-}
-
-#[inline(always)]
-fn front(name: &[u8; 8]) -> u64 {
-    u64::from_le_bytes(*name)
-}
-
-#[inline(always)]
-fn byte(bytes: &Buffer, at: u32) -> u8 {
-    bytes[(at & 2047) as usize]
-}
-
-#[inline(always)]
-fn word(bytes: &Buffer, at: u32) -> u64 {
-    let at = (at & 2047) as usize;
-    let at = if at > 2040 { 2040 } else { at };
-    u64::from_le_bytes([
-        bytes[at],
-        bytes[at + 1],
-        bytes[at + 2],
-        bytes[at + 3],
-        bytes[at + 4],
-        bytes[at + 5],
-        bytes[at + 6],
-        bytes[at + 7],
-    ])
 }
 
 #[inline(always)]
@@ -375,7 +332,7 @@ mod tests {
 
     fn scan(request: &[u8]) -> Scan {
         // What lies behind is of an earlier connection.
-        let mut buffer: Buffer = [b'\n'; 2048];
+        let mut buffer: Buffer = [b'\n'; 2112];
         let len = request.len().min(LOOKED_AT);
         buffer[..len].copy_from_slice(&request[..len]);
         let mut scan = Scan::new(len as u32);

@@ -205,47 +205,76 @@ impl Reply {
     }
 }
 
-/// An IPv4 header of ours without options, checksum included (RFC 791 §3.1). `total` is the packet's length in bytes.
+/// Writes an IPv4 header of ours without options, checksum included (RFC 791 §3.1): five words. `total` is the packet's
+/// length in bytes.
 #[inline(always)]
-pub fn ipv4_header(flow: &Flow, total: u16) -> [u32; 5] {
+pub fn ipv4_header(flow: &Flow, total: u16, out: &mut [u32; 10]) {
     const TTL_TCP: u32 = 64 << 24 | 6 << 16;
     const DONT_FRAGMENT: u32 = 0x4000;
-    let words = [
-        0x4500_0000 | u32::from(total),
-        DONT_FRAGMENT,
-        TTL_TCP,
-        u32::from_be(flow.server[3]),
-        u32::from_be(flow.client[3]),
-    ];
-    let mut sum: u64 = 0;
-    let mut i = 0;
-    while i < 5 {
-        sum += u64::from(words[i] >> 16) + u64::from(words[i] & 0xffff);
-        i += 1;
-    }
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    let checksum = !(sum as u32) & 0xffff;
-    [words[0].to_be(), words[1].to_be(), (words[2] | checksum).to_be(), words[3].to_be(), words[4].to_be()]
+    let first = 0x4500_0000 | u32::from(total);
+    let (server, client) = (u32::from_be(flow.server[3]), u32::from_be(flow.client[3]));
+    let sum = u64::from(first)
+        + u64::from(DONT_FRAGMENT)
+        + u64::from(TTL_TCP)
+        + u64::from(server)
+        + u64::from(client);
+    let checksum = !fold(sum) & 0xffff;
+    out[0] = first.to_be();
+    out[1] = DONT_FRAGMENT.to_be();
+    out[2] = (TTL_TCP | checksum).to_be();
+    out[3] = flow.server[3];
+    out[4] = flow.client[3];
 }
 
-/// An IPv6 header of ours (RFC 8200 §3). `payload` is the length behind it in bytes.
+/// Writes an IPv6 header of ours (RFC 8200 §3). `payload` is the length behind it in bytes.
 #[inline(always)]
-pub fn ipv6_header(flow: &Flow, payload: u16) -> [u32; 10] {
+pub fn ipv6_header(flow: &Flow, payload: u16, out: &mut [u32; 10]) {
     const TCP_HOPS: u32 = 6 << 8 | 64;
-    let (s, c) = (&flow.server, &flow.client);
-    [
-        0x6000_0000_u32.to_be(),
-        (u32::from(payload) << 16 | TCP_HOPS).to_be(),
-        s[0],
-        s[1],
-        s[2],
-        s[3],
-        c[0],
-        c[1],
-        c[2],
-        c[3],
-    ]
+    out[0] = 0x6000_0000_u32.to_be();
+    out[1] = (u32::from(payload) << 16 | TCP_HOPS).to_be();
+    let mut i = 0;
+    while i < 4 {
+        out[2 + i] = flow.server[i];
+        out[6 + i] = flow.client[i];
+        i += 1;
+    }
+}
+
+/// TCP's number among IP's protocols.
+pub const PROTOCOL: u16 = 6;
+
+/// Bytes of the header that [`Reply::write`] writes.
+#[inline(always)]
+pub fn length(reply: &Reply) -> u32 {
+    let has = |option: u8| reply.options & option != 0;
+    let mut length = if reply.mss == 0 { 20 } else { 24 };
+    if has(options::TIMESTAMPS) {
+        length += 12;
+    } else if has(options::SACK) {
+        length += 4;
+    }
+    if has(options::WINDOW_SCALE) { length + 4 } else { length }
+}
+
+/// A sum of 16-bit words as one of them (RFC 1071): end-around carry.
+#[inline(always)]
+pub fn fold(sum: u64) -> u32 {
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u32
+}
+
+/// What a folded sum of bytes is if they begin at this offset: at odd ones each byte is the other half of its word.
+#[inline(always)]
+pub fn sum_at(sum: u32, offset: u32) -> u64 {
+    u64::from(if offset & 1 == 0 { sum } else { (sum & 0xff) << 8 | sum >> 8 })
+}
+
+/// The folded sum of bytes, in the order of memory; a zero is added to an odd number of them.
+pub fn sum_of(bytes: &[u8]) -> u32 {
+    let words = bytes.chunks(2).map(|pair| u16::from_ne_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+    fold(words.map(u64::from).sum())
 }
 
 /// Whether `a` comes behind `b` (RFC 9293 §3.4: numbers go round).
@@ -328,6 +357,7 @@ mod tests {
         ] {
             let len = Reply { options, ..reply }.write(&flow(), 0, &mut words) as usize;
             let written = bytes(&words);
+            assert_eq!(len as u32, length(&Reply { options, ..reply }));
             assert_eq!(&written[20..len], tail, "{options:#x}");
             assert_eq!(usize::from(written[12] >> 4) * 4, len);
             assert!(written[len..].iter().all(|byte| *byte == 0));
@@ -341,14 +371,29 @@ mod tests {
 
     #[test]
     fn ip_headers() {
-        let v4 = bytes(&ipv4_header(&flow(), 60));
+        let mut words = [0; 10];
+        ipv4_header(&flow(), 60, &mut words);
+        let v4 = bytes(&words[..5]);
         assert_eq!(v4, [0x45, 0, 0, 60, 0, 0, 0x40, 0, 64, 6, v4[10], v4[11], 10, 77, 0, 1, 10, 77, 0, 2]);
         let sum: u32 = v4.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
         assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff, "the checksum is right");
         let flow = Flow { client: [1, 2, 3, 4], server: [5, 6, 7, 8], ..flow() };
-        let v6 = bytes(&ipv6_header(&flow, 40));
+        ipv6_header(&flow, 40, &mut words);
+        let v6 = bytes(&words);
         assert_eq!(&v6[..8], [0x60, 0, 0, 0, 0, 40, 6, 64]);
         assert_eq!(v6[8..], bytes(&[5, 6, 7, 8, 1, 2, 3, 4]));
+    }
+
+    #[test]
+    fn sums_are_put_together() {
+        let bytes: Vec<u8> = (0..=255).rev().cycle().take(701).collect();
+        for cut in 0..40 {
+            let (front, tail) = bytes.split_at(cut);
+            let sum = u64::from(sum_of(front)) + sum_at(sum_of(tail), cut as u32);
+            assert_eq!(fold(sum) % 0xffff, sum_of(&bytes) % 0xffff, "{cut}");
+        }
+        assert_eq!(fold(u64::MAX), 0xffff);
+        assert_eq!([fold(0), fold(0xffff), fold(0x1_0000), fold(0x1_ffff_ffff)], [0, 0xffff, 1, 1]);
     }
 
     #[test]

@@ -1,11 +1,8 @@
 //! The deferred handshake: what is said to a client until its first data decides.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, bpf_fib_lookup},
-    helpers::{
-        bpf_clone_redirect, bpf_csum_diff, bpf_fib_lookup as fib_lookup, bpf_l4_csum_replace, bpf_redirect,
-        bpf_skb_change_tail, bpf_skb_store_bytes,
-    },
+    bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, bpf_fib_lookup},
+    helpers::{bpf_clone_redirect, bpf_fib_lookup as fib_lookup, bpf_l4_csum_replace, bpf_skb_store_bytes},
 };
 use preflightd_common::{
     abi::{
@@ -13,12 +10,13 @@ use preflightd_common::{
         stage, state,
     },
     cookie,
-    tcp::{self, DEFAULT_MSS, Options, Reply, flags},
+    tcp::{DEFAULT_MSS, Options, Reply, flags},
 };
 
 use crate::{
-    NEXT, maps,
+    NEXT, answered, maps,
     packet::{self, Packet},
+    reply::{send, sent},
     sockets::{self, Listener, Meets},
 };
 
@@ -45,7 +43,9 @@ pub(crate) fn fragmented_syn() -> i32 {
 }
 
 /// A SYN to a served port.
-#[inline(always)]
+///
+/// Called, not copied in: what it needs of the stack the other ways need too.
+#[inline(never)]
 pub(crate) fn syn(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
     let (Some(config), Some(service)) = (maps::config(), maps::service(&packet.flow)) else { return NEXT };
     let now = maps::now();
@@ -62,6 +62,14 @@ pub(crate) fn syn(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 
             stage::ACKNOWLEDGED => return challenge(skb, packet, config, pending),
             _ => {}
         }
+    }
+    if deferring && let Some(answered) = maps::answered(&packet.flow) {
+        // SAFETY: as above.
+        let answered = unsafe { &mut *answered };
+        if !answered::gives_way(packet, answered) {
+            return answered::challenge(skb, packet, answered);
+        }
+        maps::forget_answered(&packet.flow);
     }
     if config.state == state::OFF {
         return NEXT;
@@ -432,85 +440,5 @@ pub(crate) fn keepalive(skb: *mut __sk_buff, packet: &Packet, pending: &Pending,
             maps::count(event::Keepalive);
             verdict
         }
-    }
-}
-
-/// What came of sending a reply: the program's verdict, or one of these. No `enum` with values: a function that is
-/// called, not copied in, returns one number.
-mod sent {
-    /// No: the packet is as it was.
-    pub(super) const UNTOUCHED: i32 = -100;
-    /// No: the packet is spoilt.
-    pub(super) const BROKEN: i32 = -101;
-}
-
-/// Turns the packet round: the reply takes its place, and leaves by the interface that it came in by.
-///
-/// The checksum is changed by what changes, by helpers that know whether the packet has a whole one or only that of the
-/// pseudo-header (`CHECKSUM_PARTIAL`, as on veth and virtio).
-///
-/// Called, not copied in: four times is too much for the verifier.
-#[inline(never)]
-fn send(skb: *mut __sk_buff, packet: &Packet, reply: &Reply) -> i32 {
-    let Some(scratch) = maps::scratch() else { return sent::UNTOUCHED };
-    // The old header with a keepalive's byte of data, if any. Sums do not mind the zeros behind.
-    scratch.old = [0; 16];
-    let old_length = packet.header + packet.data;
-    let bounded = old_length & 63;
-    if bounded != old_length || bounded < 20 || !packet::load_part(skb, packet.tcp, &mut scratch.old, bounded)
-    {
-        return sent::UNTOUCHED;
-    }
-    let [high, low, ..] = scratch.old[4].to_ne_bytes();
-    let checksum = u16::from_ne_bytes([high, low]);
-    let urgent = scratch.old[4].to_ne_bytes();
-    scratch.old[4] = u32::from_ne_bytes([0, 0, urgent[2], urgent[3]]);
-    let new_length = reply.write(&packet.flow, 0, &mut scratch.new);
-    // SAFETY: 64 bytes each.
-    let difference =
-        unsafe { bpf_csum_diff((&raw mut scratch.old).cast(), 64, (&raw mut scratch.new).cast(), 64, 0) };
-    if difference < 0 {
-        return sent::UNTOUCHED;
-    }
-    let [high, low] = checksum.to_ne_bytes();
-    scratch.new[4] = u32::from_ne_bytes([high, low, 0, 0]);
-
-    let mut addresses = [0_u8; 12];
-    if !packet::load(skb, 0, &mut addresses) {
-        return sent::UNTOUCHED;
-    }
-    let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = addresses;
-    let swapped = [s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5];
-
-    let length = packet.tcp + new_length;
-    // SAFETY: the context, and helpers that check their bounds.
-    unsafe {
-        if (*skb).len != length && bpf_skb_change_tail(skb, length, 0) != 0 {
-            return sent::UNTOUCHED;
-        }
-        let mut written = bpf_skb_store_bytes(skb, 0, swapped.as_ptr().cast(), 12, 0);
-        if packet.v4 {
-            let header = tcp::ipv4_header(&packet.flow, (20 + new_length) as u16);
-            written |= bpf_skb_store_bytes(skb, 14, header.as_ptr().cast(), 20, 0);
-        } else {
-            let header = tcp::ipv6_header(&packet.flow, new_length as u16);
-            written |= bpf_skb_store_bytes(skb, 14, header.as_ptr().cast(), 40, 0);
-        }
-        let bounded = new_length & 63;
-        if bounded < 20 {
-            return sent::BROKEN;
-        }
-        written |= bpf_skb_store_bytes(skb, packet.tcp, (&raw const scratch.new).cast(), bounded, 0);
-        let at = packet.tcp + 16;
-        written |= bpf_l4_csum_replace(skb, at, 0, difference.cast_unsigned(), 0);
-        if old_length != new_length {
-            let old = u64::from((old_length as u16).to_be());
-            let new = u64::from((new_length as u16).to_be());
-            written |= bpf_l4_csum_replace(skb, at, old, new, u64::from(BPF_F_PSEUDO_HDR) | 2);
-        }
-        if written != 0 {
-            return sent::BROKEN;
-        }
-        bpf_redirect((*skb).ifindex, 0) as i32
     }
 }

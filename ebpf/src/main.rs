@@ -10,10 +10,13 @@
 )]
 #![cfg_attr(not(target_arch = "bpf"), expect(dead_code, reason = "entry points are for BPF"))]
 
+mod answer;
+mod answered;
 mod handshake;
 mod kernel;
 mod maps;
 mod packet;
+mod reply;
 mod sockets;
 mod sweep;
 mod verdict;
@@ -73,14 +76,20 @@ fn ingress(skb: *mut __sk_buff, deferring: bool) -> i32 {
     }
     let timed = maps::count(event::Packet).is_multiple_of(SAMPLED);
     let start = if timed { maps::now() } else { 0 };
+    let answers = if timed { maps::count_by(event::KernelAnswer, 0) } else { 0 };
     let verdict = if is_syn {
         handshake::syn(skb, &packet, deferring)
     } else {
         verdict::segment(skb, &packet, deferring)
     };
     if timed {
-        maps::count_by(event::SampledNs, maps::now() - start);
+        let took = maps::now() - start;
+        maps::count_by(event::SampledNs, took);
         maps::count(event::Sampled);
+        if deferring && maps::count_by(event::KernelAnswer, 0) != answers {
+            maps::count_by(event::AnswerNs, took);
+            maps::count(event::AnswerSampled);
+        }
     }
     verdict
 }

@@ -12,14 +12,22 @@ use aya_ebpf::{
 use core::ffi::c_void;
 use preflightd_common::{
     abi::{
-        BUDGET_SHIFT, Config, DEFAULT_PENDING, Endpoint, Flow, HEARTBEAT_STALE, Host, Interface, MAX_HOSTS,
-        MAX_MARKS, MAX_PORTS, MAX_ROUTES, MAX_SERVED, MAX_SOCKETS, Pending, Service, event, fail_open, kind,
-        state, swept,
+        Answered, BUDGET_SHIFT, Config, DEFAULT_ANSWERED, DEFAULT_PENDING, Date, Endpoint, Flow,
+        HEARTBEAT_STALE, Host, Interface, MAX_DATES, MAX_HOSTS, MAX_MARKS, MAX_PORTS, MAX_ROUTES, MAX_SERVED,
+        MAX_SOCKETS, MAX_TEMPLATES, MAX_TERMS, Pending, Pieces, Service, Template, Term, Value, ask, event,
+        fail_open, kind, outcome, state, swept,
     },
     cookie::Key,
-    preflight::{Buffer, HostHash, Scan},
-    tcp::{HeaderWords, OptionBytes, Walk},
+    decide::Decide,
+    head::Head,
+    preflight::{HostHash, Scan},
+    tcp::{HeaderWords, OptionBytes, Reply, Walk},
+    words::Buffer,
 };
+
+use crate::answer::Body;
+
+const NO_PREALLOC: u32 = 1; // BPF_F_NO_PREALLOC
 
 /// One bit for each port: set if it is served. The first thing that a packet is asked.
 #[map]
@@ -69,11 +77,37 @@ static SOCKETS: SockMap = SockMap::with_max_entries(MAX_SOCKETS, 0);
 
 /// Hosts of policies.
 #[map]
-static HOSTS: HashMap<Host, u32> = HashMap::with_max_entries(MAX_HOSTS, 1 /* BPF_F_NO_PREALLOC */);
+static HOSTS: HashMap<Host, u32> = HashMap::with_max_entries(MAX_HOSTS, NO_PREALLOC);
 
 /// Requests that a worker turned away, and until when (nanoseconds) they go to the proxy.
 #[map]
 static MARKS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(MAX_MARKS, 0);
+
+/// Connections that the program has answered on. Not LRU, unlike `PENDING`: who has one has shown that the address is its
+/// own, and keeps it; where there is no room for more, workers answer.
+#[map]
+pub(crate) static ANSWERED: HashMap<Flow, Answered> = HashMap::with_max_entries(DEFAULT_ANSWERED, 0);
+
+/// What the program decides by.
+#[map]
+static TERMS: HashMap<Term, Value> = HashMap::with_max_entries(MAX_TERMS, NO_PREALLOC);
+
+/// What it answers.
+#[map]
+static TEMPLATES: HashMap<Template, Pieces> = HashMap::with_max_entries(MAX_TEMPLATES, NO_PREALLOC);
+
+/// The `Date` of this second and those before it, each in the place of its last digits.
+#[map]
+static DATES: Array<Date> = Array::with_max_entries(MAX_DATES, 0);
+
+/// Why preflights were not the program's, by [`ask`].
+#[map]
+static ASKED: PerCpuArray<u64> = PerCpuArray::with_max_entries(ask::SLOTS, 0);
+
+/// What was decided on each route, by the number of its label and the slots of [`outcome`]; the daemon says how many labels
+/// there may be.
+#[map]
+static OUTCOMES: PerCpuArray<[u64; outcome::SLOTS as usize]> = PerCpuArray::with_max_entries(1, 0);
 
 #[map]
 static EVENTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(event::SLOTS, 0);
@@ -100,12 +134,21 @@ static BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
 /// What is too large for the stack of 512 bytes, and the state of loops: the verifier knows nothing of what lies in a
 /// map, so it need not follow each turn of a loop.
 pub(crate) struct Scratch {
-    pub(crate) old: HeaderWords,
+    pub(crate) link: [u8; 12],
+    /// By what a checksum differs from that of the pseudo-header.
+    pub(crate) whole: u64,
+    pub(crate) reply: Reply,
     pub(crate) new: HeaderWords,
+    pub(crate) ip: [u32; 10],
     pub(crate) options: OptionBytes,
     pub(crate) walk: Walk,
     pub(crate) scan: Scan,
     pub(crate) host: HostWalk,
+    pub(crate) reading: Head,
+    pub(crate) deciding: Decide,
+    pub(crate) body: Body,
+    /// A connection behind the answer that is about to be sent.
+    pub(crate) next: Answered,
     pub(crate) head: Buffer,
 }
 
@@ -197,6 +240,50 @@ pub(crate) fn pending(flow: &Flow) -> Option<*mut Pending> {
     PENDING.get_ptr_mut(flow)
 }
 
+/// The entry of a connection that the program has answered on.
+#[inline(always)]
+pub(crate) fn answered(flow: &Flow) -> Option<*mut Answered> {
+    ANSWERED.get_ptr_mut(flow)
+}
+
+/// Makes it; false: the map is full.
+#[inline(always)]
+pub(crate) fn remember_answered(flow: &Flow, answered: &Answered) -> bool {
+    let done = ANSWERED.insert(flow, answered, 0).is_ok();
+    if done {
+        count(event::AnsweredInserted);
+    }
+    done
+}
+
+/// Removes it.
+#[inline(always)]
+pub(crate) fn forget_answered(flow: &Flow) {
+    if ANSWERED.remove(flow).is_ok() {
+        count(event::AnsweredRemoved);
+    }
+}
+
+/// What a term says.
+#[inline(always)]
+pub(crate) fn term(key: &Term) -> Option<&'static Value> {
+    // SAFETY: terms of a generation that is in force are not changed; the daemon removes them when nobody reads them.
+    unsafe { TERMS.get(key) }
+}
+
+/// The pieces of an answer.
+#[inline(always)]
+pub(crate) fn template(key: &Template) -> Option<&'static Pieces> {
+    // SAFETY: as in `term`.
+    unsafe { TEMPLATES.get(key) }
+}
+
+/// What stands in the place of a second, which may be of another one.
+#[inline(always)]
+pub(crate) fn date(second: u32) -> Option<&'static Date> {
+    DATES.get(second % MAX_DATES)
+}
+
 /// Makes the entry of a connection, in place of one that is there with `replace`; false: the map refuses.
 #[inline(always)]
 pub(crate) fn remember(flow: &Flow, pending: &Pending, replace: bool) -> bool {
@@ -222,7 +309,7 @@ pub(crate) fn settle(flow: &Flow) {
     let Some(place) = settled_place(flow) else { return };
     *place = *flow;
     barrier(place);
-    if pending(flow).is_some() {
+    if pending(flow).is_some() || answered(flow).is_some() {
         *place = Flow::default();
     }
 }
@@ -338,10 +425,26 @@ pub(crate) fn count(slot: u32) -> u64 {
     add(&EVENTS, slot, 1)
 }
 
-/// Adds to one of [`event`].
+/// Adds to one of [`event`], and returns how many there are on this CPU.
 #[inline(always)]
-pub(crate) fn count_by(slot: u32, by: u64) {
-    add(&EVENTS, slot, by);
+pub(crate) fn count_by(slot: u32, by: u64) -> u64 {
+    add(&EVENTS, slot, by)
+}
+
+/// Counts one of [`ask`].
+#[inline(always)]
+pub(crate) fn count_asked(slot: u32) {
+    add(&ASKED, slot, 1);
+}
+
+/// Counts what was decided of the request in the scratch, by its route.
+#[inline(always)]
+pub(crate) fn count_outcome() {
+    if let Some(scratch) = scratch() {
+        let Some(row) = OUTCOMES.get_ptr_mut(scratch.deciding.rule.label) else { return };
+        // SAFETY: as in `take_cookie`.
+        unsafe { (*row)[(scratch.deciding.outcome & 7) as usize] += 1 };
+    }
 }
 
 /// Counts one of [`fail_open`].

@@ -5,8 +5,9 @@ use aya_ebpf::{
     helpers::{bpf_skb_load_bytes, bpf_skb_pull_data},
 };
 use preflightd_common::{
-    abi::Flow,
+    abi::{Flow, options},
     tcp::{Options, Walk},
+    words::opaque,
 };
 
 use crate::maps::{self, Scratch};
@@ -30,6 +31,8 @@ pub(crate) struct Packet {
     pub(crate) flow: Flow,
     pub(crate) seq: u32,
     pub(crate) ack: u32,
+    /// What the client takes, not scaled.
+    pub(crate) window: u16,
     pub(crate) flags: u8,
     /// Accurate ECN's bit, next to the flags (RFC 9768 §3.1).
     pub(crate) accurate_ecn: bool,
@@ -218,6 +221,7 @@ fn segment(skb: *mut __sk_buff, tcp: *const u16, packet: &mut Packet, length: u3
     packet.flow.server_port = half(tcp, 2);
     packet.seq = u32::from_be(word(tcp, 4));
     packet.ack = u32::from_be(word(tcp, 8));
+    packet.window = u16::from_be(half(tcp, 14));
     packet.flags = flags;
     packet.accurate_ecn = offset & 1 != 0;
     packet.plain = plain;
@@ -254,9 +258,22 @@ impl Packet {
         if length == 0 {
             return Some(Options::default());
         }
+        if length == 12 {
+            // What nearly every segment has (RFC 7323, appendix A).
+            const USUAL: u32 = 0x0101_080a;
+            let mut words = [0_u32; 3];
+            if load(skb, self.tcp + TCP as u32, &mut words) && u32::from_be(words[0]) == USUAL {
+                return Some(Options {
+                    ts_value: u32::from_be(words[1]),
+                    ts_echo: u32::from_be(words[2]),
+                    present: options::TIMESTAMPS,
+                    ..Options::default()
+                });
+            }
+        }
         let scratch = maps::scratch()?;
         // The verifier wants to see the bounds.
-        let bounded = length & 63;
+        let bounded = opaque(length) & 63;
         if bounded == 0
             || bounded > 40
             || !load_part(skb, self.tcp + TCP as u32, &mut scratch.options, bounded)

@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::{bpf_for_each_map_elem, bpf_map_delete_elem};
 use core::ffi::c_void;
-use preflightd_common::abi::{Flow, Pending, TICK_SHIFT, expiry, stage, swept};
+use preflightd_common::abi::{Answered, Flow, Pending, TICK_SHIFT, expiry, stage, swept};
 
 use crate::maps;
 
@@ -20,6 +20,12 @@ pub(crate) fn sweep() {
         bpf_for_each_map_elem(
             (&raw const maps::PENDING).cast_mut().cast(),
             visit as *mut c_void,
+            (&raw mut sweep).cast(),
+            0,
+        );
+        bpf_for_each_map_elem(
+            (&raw const maps::ANSWERED).cast_mut().cast(),
+            visit_answered as *mut c_void,
             (&raw mut sweep).cast(),
             0,
         );
@@ -55,6 +61,34 @@ unsafe extern "C" fn visit(
             sweep.counts[swept::Silent as usize] += 1;
             maps::count_silent(pending.row);
         }
+        0
+    }
+}
+
+unsafe extern "C" fn visit_answered(
+    map: *mut c_void,
+    key: *const Flow,
+    value: *const Answered,
+    sweep: *mut Sweep,
+) -> i64 {
+    // SAFETY: what the helper hands over.
+    unsafe {
+        let sweep = &mut *sweep;
+        let pending = &(*value).pending;
+        let limit = match pending.stage {
+            stage::OPEN => expiry::OPEN,
+            stage::ENDING => expiry::ENDING,
+            stage::ENDED => expiry::ENDED,
+            _ => expiry::GIVEN,
+        };
+        let age = sweep.now.wrapping_sub(pending.touched);
+        let slot = if age > limit && age < u32::MAX / 2 {
+            bpf_map_delete_elem(map, key.cast());
+            swept::AnsweredRemoved
+        } else {
+            swept::Answered
+        };
+        sweep.counts[slot as usize] += 1;
         0
     }
 }

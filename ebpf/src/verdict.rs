@@ -4,14 +4,17 @@ use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
 use preflightd_common::{
     abi::{Config, Pending, TICK_SHIFT, config_flags, event, host_kind, kind, options, stage, state},
     cookie,
-    preflight::{self, HostHash, LOOKED_AT, Scan, mark},
+    decide::verdict,
+    preflight::{self, HostHash, Scan, mark},
     tcp::{Options, flags},
+    words::LOOKED_AT,
 };
 
 use crate::{
-    NEXT, handshake,
+    NEXT, answer, answered, handshake,
     maps::{self, HostWalk, Scratch},
     packet::{self, Packet},
+    reply::sent,
     sockets::{self, Given, Meets},
 };
 
@@ -21,6 +24,8 @@ const SETTLED: u32 = 2;
 /// A connection that the kernel did not make is given again within so many ticks (4 s: two retransmissions at least).
 const AGAIN: u32 = 4 << 10;
 const ENOMEM: i32 = -12;
+/// No worker can take it now. A number, as [`sent`] says.
+pub(crate) const NOBODY: i32 = -102;
 
 /// A segment without SYN to a served port. `deferring`: this is the program that defers.
 #[inline(always)]
@@ -29,6 +34,11 @@ pub(crate) fn segment(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> 
         return settled(skb, packet);
     }
     let Some(pending) = maps::pending(&packet.flow) else {
+        // Only behind the other: a connection that goes from there to here is at any time in one of them.
+        if deferring && let Some(answered) = maps::answered(&packet.flow) {
+            // SAFETY: as below.
+            return answered::segment(skb, packet, unsafe { &mut *answered });
+        }
         return without_entry(skb, packet, deferring);
     };
     // SAFETY: packets of one connection come one after the other but for odd cases, in which one of them wins.
@@ -37,18 +47,18 @@ pub(crate) fn segment(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> 
         stage::OBSERVED => observed(skb, packet, pending),
         _ if !deferring => NEXT,
         stage::DEFERRED | stage::ACKNOWLEDGED => waiting(skb, packet, pending),
-        _ => given(skb, packet, pending),
+        _ => given(skb, packet, pending, false),
     }
 }
 
 /// Bytes from the first one that the client may send.
 #[inline(always)]
-fn offset(packet: &Packet, pending: &Pending) -> u32 {
+pub(crate) fn offset(packet: &Packet, pending: &Pending) -> u32 {
     packet.seq.wrapping_sub(pending.client_isn).wrapping_sub(1)
 }
 
 /// A connection of the kernel's: counts what it opens with. Nothing is touched.
-#[inline(always)]
+#[inline(never)]
 fn observed(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
     if packet.flags & flags::ACK == 0 || offset(packet, pending) != 0 {
         return NEXT;
@@ -70,7 +80,10 @@ fn observed(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 
     // Counts only what is surely a connection: anybody can send a SYN and data from anywhere.
     if sockets::meets(skb, packet, None) == Meets::Established {
         let spoken = pending.server_isn != 0 && pending.server_isn != packet.ack;
-        let opens = if spoken { kind::ServerFirst } else { classify(skb, packet).kind };
+        let mut opens = if spoken { kind::ServerFirst } else { opening(skb, packet) };
+        if opens == kind::Options && may_be_answered(skb, packet) {
+            opens = kind::Preflight;
+        }
         maps::count_port(row, opens);
     }
     maps::forget(&packet.flow);
@@ -78,7 +91,7 @@ fn observed(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 
 }
 
 /// Our SYN-ACK is out, and nobody has the connection yet.
-#[inline(always)]
+#[inline(never)]
 fn waiting(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
     let offset = offset(packet, pending);
     if packet.flags & flags::RST != 0 {
@@ -133,24 +146,43 @@ fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &C
         maps::count_port(row, kind::Silent);
         return give_to_proxy(skb, packet, pending);
     }
-    let opens = classify(skb, packet);
-    maps::count_port(row, opens.kind);
-    if opens.kind == kind::Preflight && maps::may_wait(config, &packet.flow, now) {
-        if maps::is_marked(mark(opens.line, &packet.flow.client), now) {
-            maps::count(event::Marked);
-        } else if let Some(verdict) = give_to_worker(skb, packet, pending) {
+    let mut opens = opening(skb, packet);
+    let waits = maps::may_wait(config, &packet.flow, now);
+    let mut judged = verdict::ASK;
+    if opens == kind::Options {
+        if waits {
+            judged = answer::judge(skb, packet, config);
+        }
+        if judged != verdict::ASK || may_be_answered(skb, packet) {
+            opens = kind::Preflight;
+        }
+    }
+    maps::count_port(row, opens);
+    if judged == verdict::ANSWER {
+        let verdict = answered::begin(skb, packet, pending);
+        if verdict != sent::UNTOUCHED {
+            return verdict;
+        }
+    }
+    if judged == verdict::PROXY {
+        maps::count_outcome();
+    } else if opens == kind::Preflight && waits && (judged == verdict::ASK || may_be_answered(skb, packet)) {
+        let verdict = give_to_worker(skb, packet, pending, now);
+        if verdict != NOBODY {
             return verdict;
         }
     }
     give_to_proxy(skb, packet, pending)
 }
 
-/// A listener was chosen: has the kernel made the connection?
-#[inline(always)]
-fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
+/// A listener was chosen: has the kernel made the connection? `answered`: its entry is in `ANSWERED`.
+///
+/// Called, not copied in: twice is too much for the verifier.
+#[inline(never)]
+pub(crate) fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, answered: bool) -> i32 {
     if !matches!(sockets::meets(skb, packet, None), Meets::Listener(_)) {
         // It has, or there is nothing left of it.
-        maps::forget(&packet.flow);
+        forget(packet, answered);
         return NEXT;
     }
     let offset = offset(packet, pending);
@@ -158,7 +190,7 @@ fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
         && packet.ack == pending.server_isn.wrapping_add(1);
     if !right {
         if packet.flags & flags::RST != 0 {
-            maps::forget(&packet.flow);
+            forget(packet, answered);
         }
         return NEXT;
     }
@@ -167,7 +199,7 @@ fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
     if offset == 0 && speaks {
         if since > AGAIN {
             // What was served and is gone must not be served a second time: the kernel resets it.
-            maps::forget(&packet.flow);
+            forget(packet, answered);
             return NEXT;
         }
         // Not yet: there was no room. The worker had its chance.
@@ -183,6 +215,15 @@ fn given(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
     SHOT
 }
 
+#[inline(always)]
+fn forget(packet: &Packet, answered: bool) {
+    if answered {
+        maps::forget_answered(&packet.flow);
+    } else {
+        maps::forget(&packet.flow);
+    }
+}
+
 /// What nearly every packet is: of a connection that waits for nothing.
 #[inline(always)]
 fn settled(skb: *mut __sk_buff, packet: &Packet) -> i32 {
@@ -193,7 +234,7 @@ fn settled(skb: *mut __sk_buff, packet: &Packet) -> i32 {
 }
 
 /// No entry: settled from now on, unless entries are being evicted, and this was perhaps one of them.
-#[inline(always)]
+#[inline(never)]
 fn without_entry(skb: *mut __sk_buff, packet: &Packet, deferring: bool) -> i32 {
     let Some(config) = maps::config() else { return NEXT };
     if deferring && config.flags & config_flags::PRESSURE != 0 {
@@ -222,7 +263,7 @@ fn count_pooled(skb: *mut __sk_buff, packet: &Packet) {
 }
 
 /// A listener would get it while entries are being evicted. If its cookie is good it gets its entry back.
-#[inline(always)]
+#[inline(never)]
 fn evicted(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> i32 {
     let now = maps::now();
     if !maps::take_cookie(config, now) {
@@ -264,30 +305,15 @@ fn evicted(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> i32 {
     verdict
 }
 
-/// What a connection opens with.
-struct Opens {
-    /// A column of `PORT_COUNTS`.
-    kind: u32,
-    /// Hash of the request line, of a preflight.
-    line: u64,
-}
-
+/// The column of `PORT_COUNTS` for what a connection opens with, before the head of an OPTIONS is looked at.
 #[inline(always)]
-fn classify(skb: *mut __sk_buff, packet: &Packet) -> Opens {
-    let other = Opens { kind: kind::Other, line: 0 };
+fn opening(skb: *mut __sk_buff, packet: &Packet) -> u32 {
     let mut first = [0_u8; 8];
     let length = if packet.data < 8 { packet.data & 7 } else { 8 };
     if length == 0 || !packet::load_part(skb, packet.data_at(), &mut first, length) {
-        return other;
+        return kind::Other;
     }
-    let kind = preflight::opening(u64::from_le_bytes(first), packet.data);
-    if kind != kind::Options {
-        return Opens { kind, ..other };
-    }
-    match answerable(skb, packet) {
-        Some(line) => Opens { kind: kind::Preflight, line },
-        None => Opens { kind: kind::Options, ..other },
-    }
+    preflight::opening(u64::from_le_bytes(first), packet.data)
 }
 
 unsafe extern "C" fn scan_step(_: u32, scratch: *mut *mut Scratch) -> i64 {
@@ -296,23 +322,25 @@ unsafe extern "C" fn scan_step(_: u32, scratch: *mut *mut Scratch) -> i64 {
     i64::from(!scratch.scan.step(&scratch.head))
 }
 
-/// Whether the head looks like a preflight that some policy may answer, and its request line's hash.
-#[inline(always)]
-fn answerable(skb: *mut __sk_buff, packet: &Packet) -> Option<u64> {
-    let service = maps::service(&packet.flow)?;
-    let scratch = maps::scratch()?;
+/// Whether a head that begins with OPTIONS looks like a preflight that a worker may answer. The hash of its request line
+/// lies in the scratch then.
+///
+/// Called, not copied in: so many times is too much for the verifier.
+#[inline(never)]
+pub(crate) fn may_be_answered(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    let (Some(service), Some(scratch)) = (maps::service(&packet.flow), maps::scratch()) else { return false };
     let length = if packet.data > LOOKED_AT as u32 { LOOKED_AT as u32 } else { packet.data };
     let bounded = length & 2047;
     if bounded == 0 || !packet::load_part(skb, packet.data_at(), &mut scratch.head, bounded) {
-        return None;
+        return false;
     }
     scratch.scan = Scan::new(bounded);
     maps::repeat(preflight::MAX_STEPS, scan_step, scratch);
     // Only the origin-form (RFC 9112 §3.2.1).
     if scratch.head[8] != b'/' || !scratch.scan.may_be_answered(packet.data) {
-        return None;
+        return false;
     }
-    has_host(scratch, service.listener).then_some(scratch.scan.line)
+    has_host(scratch, service.listener)
 }
 
 unsafe extern "C" fn host_step(index: u32, scratch: *mut *mut Scratch) -> i64 {
@@ -359,40 +387,53 @@ fn has_host(scratch: &mut Scratch, listener: u32) -> bool {
         || (host.address == 0 && maps::has_host(listener, host_kind::ANY, 0))
 }
 
-/// `None`: no worker can take it now.
-#[inline(always)]
-fn give_to_worker(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> Option<i32> {
-    let service = maps::service(&packet.flow)?;
-    if service.sockets == 0 {
-        return None;
+/// Gives a preflight that [`may_be_answered`] to a worker; [`NOBODY`]: none can take it now, or one had to turn it away.
+///
+/// Called, not copied in: twice is too much for the verifier.
+#[inline(never)]
+pub(crate) fn give_to_worker(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, now: u64) -> i32 {
+    let (Some(service), Some(scratch)) = (maps::service(&packet.flow), maps::scratch()) else {
+        return NOBODY;
+    };
+    if maps::is_marked(mark(scratch.scan.line, &packet.flow.client), now) {
+        maps::count(event::Marked);
+        return NOBODY;
     }
-    let segment = packet.options(skb)?;
+    if service.sockets == 0 {
+        return NOBODY;
+    }
+    let Some(segment) = packet.options(skb) else { return NOBODY };
     let port = u32::from(u16::from_be(packet.flow.client_port));
     let spread = (port ^ packet.flow.client[3]).wrapping_mul(0x9e37_79b1) >> 16;
     let worker = maps::worker(service.first_socket + spread % service.sockets);
     match sockets::give_to_worker(skb, worker, &mut sockets::attributes(pending, &segment)) {
         Given::Yes => {
+            if pending.stage < stage::GIVEN {
+                maps::count_port(u32::from(pending.row), kind::Worker);
+            }
             pending.stage = stage::GIVEN_TO_WORKER;
-            maps::count_port(u32::from(pending.row), kind::Worker);
-            Some(NEXT)
+            NEXT
         }
         Given::Gone => {
             maps::count(event::WorkerGone);
-            None
+            NOBODY
         }
         Given::Full => {
             maps::count(event::WorkerFull);
-            None
+            NOBODY
         }
         Given::Refused(_) => {
             maps::count(event::AssignFailed);
-            None
+            NOBODY
         }
     }
 }
 
-#[inline(always)]
-fn give_to_proxy(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
+/// Gives a segment to the proxy. What it has no room for comes again.
+///
+/// Called, not copied in: so many times is too much for the verifier.
+#[inline(never)]
+pub(crate) fn give_to_proxy(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 {
     let segment: Options = match packet.options(skb) {
         Some(segment) => segment,
         None => return SHOT,

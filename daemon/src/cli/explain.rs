@@ -60,6 +60,7 @@ fn explain_files(
         listener: ListenerId(index as u16),
         listener_name: &config.listeners[index].name,
         steered: config.listeners[index].steer,
+        kernel_answers: config.steer.kernel_answers,
         labels: labels.all(),
         sources: &explain::sources(&config.policies),
         limits: config.connection_limits().head,

@@ -243,7 +243,7 @@ async fn control(files: Files, config: Config, table: Table, labels: RouteLabels
             },
             reloaded = reloader.next() => if let Some(reloaded) = reloaded {
                 daemon.publisher.publish(&reloaded.table);
-                daemon.steered.reloaded(&reloaded.policies, &reloaded.steer);
+                daemon.steered.reloaded(&reloaded.policies, &reloaded.table, &reloaded.steer);
             },
             () = interfaces.changed() => daemon.steered.changed(),
             _ = ticks.tick() => if let Err(e) = daemon.tick(&status) {
@@ -326,7 +326,7 @@ impl Daemon {
             stats: stats.clone(),
         });
         let workers = Workers::start(setups.collect(), config.workers.engine, config.connection_limits())?;
-        steered.engage(&config.policies)?;
+        steered.engage(&config.policies, &table)?;
 
         let running = Running::new(table, labels.all(), sources);
         info!(
@@ -550,7 +550,7 @@ fn reload(
         if !changed.is_empty() {
             warn!(
                 sections = changed.join(", "),
-                "these need a restart: only policies, and what [steer] says of mode, storm, share and firewall, change while running"
+                "these need a restart: only policies, and what [steer] says of mode, storm, share, firewall and kernel answers, change while running"
             );
         }
         config.policies = config.policies_for(&status.config.listeners);

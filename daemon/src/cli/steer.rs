@@ -5,7 +5,7 @@ use super::print;
 use super::{Detach, Failure};
 use crate::{
     config::{Config, Steer},
-    policy::{ListenerId, PolicySpec},
+    policy::{ListenerId, PolicySpec, Table},
     relay::TurnBack,
     telemetry::Status,
 };
@@ -42,7 +42,7 @@ const WITHOUT: &str = "this preflightd was built without eBPF: build it with the
 
 #[cfg(feature = "ebpf")]
 mod imp {
-    use super::{Config, ListenerId, OwnedFd, PolicySpec, Status, Steer, TurnBack, io};
+    use super::{Config, ListenerId, OwnedFd, PolicySpec, Status, Steer, Table, TurnBack, io};
     use crate::steer::{Error, Service, Steering, interfaces::Watch};
     use std::sync::Arc;
     use tracing::error;
@@ -64,7 +64,11 @@ mod imp {
             if services.is_empty() {
                 return Ok(Self(None));
             }
-            Steering::open(&config.steer, services, workers).map(Some).map(Self).map_err(io::Error::other)
+            let (head, labels) = (config.limits.max_head_bytes, config.admin.max_routes);
+            Steering::open(&config.steer, services, workers, head, labels)
+                .map(Some)
+                .map(Self)
+                .map_err(io::Error::other)
         }
 
         /// Sockets for each worker.
@@ -82,8 +86,9 @@ mod imp {
             }))
         }
 
-        pub(in crate::cli) fn engage(&mut self, policies: &[PolicySpec]) -> io::Result<()> {
-            self.0.as_mut().map_or(Ok(()), |steering| steering.engage(policies).map_err(io::Error::other))
+        pub(in crate::cli) fn engage(&mut self, policies: &[PolicySpec], table: &Table) -> io::Result<()> {
+            let engage = |steering: &mut Steering| steering.engage(policies, table).map_err(io::Error::other);
+            self.0.as_mut().map_or(Ok(()), engage)
         }
 
         /// False: the self-test failed.
@@ -98,9 +103,9 @@ mod imp {
             }
         }
 
-        pub(in crate::cli) fn reloaded(&mut self, policies: &[PolicySpec], options: &Steer) {
+        pub(in crate::cli) fn reloaded(&mut self, policies: &[PolicySpec], table: &Table, options: &Steer) {
             if let Some(steering) = &mut self.0 {
-                tell(steering.set_policies(policies));
+                tell(steering.set_policies(policies, table));
                 tell(steering.set_options(options));
             }
         }
@@ -143,7 +148,7 @@ mod imp {
 
 #[cfg(not(feature = "ebpf"))]
 mod imp {
-    use super::{Config, ListenerId, OwnedFd, PolicySpec, Status, Steer, TurnBack, WITHOUT, io};
+    use super::{Config, ListenerId, OwnedFd, PolicySpec, Status, Table, TurnBack, WITHOUT, io};
 
     /// Steering is not there.
     pub(in crate::cli) struct Steered;
@@ -164,7 +169,7 @@ mod imp {
             None
         }
 
-        pub(in crate::cli) fn engage(&mut self, _: &[PolicySpec]) -> io::Result<()> {
+        pub(in crate::cli) fn engage(&mut self, _: &[PolicySpec], _: &Table) -> io::Result<()> {
             Ok(())
         }
 
@@ -174,7 +179,7 @@ mod imp {
 
         pub(in crate::cli) fn tick(&mut self, _: &Status) {}
 
-        pub(in crate::cli) fn reloaded(&mut self, _: &[PolicySpec], _: &Steer) {}
+        pub(in crate::cli) fn reloaded(&mut self, _: &[PolicySpec], _: &Table, _: &super::Steer) {}
 
         pub(in crate::cli) fn watch(&self) -> io::Result<Watching> {
             Ok(Watching)

@@ -714,6 +714,13 @@ fn check_steer(steer: &super::Steer, listeners: &[Listener], problems: &mut Vec<
     if !(1024..=16_777_216).contains(&steer.max_pending) {
         wrong("max_pending", format!("steer.max_pending is {}", steer.max_pending), "use 1024 to 16777216");
     }
+    if !(1024..=16_777_216).contains(&steer.max_answered) {
+        wrong(
+            "max_answered",
+            format!("steer.max_answered is {}", steer.max_answered),
+            "use 1024 to 16777216",
+        );
+    }
     if steer.storm_below > steer.storm_above {
         let message = format!(
             "steer.storm_below is {}, above steer.storm_above, {}: a storm would begin and end at once",

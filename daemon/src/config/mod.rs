@@ -146,6 +146,10 @@ pub struct Steer {
     pub percent: u32,
     /// Connections that may wait for their first data.
     pub max_pending: u32,
+    /// The kernel answers what it can decide.
+    pub kernel_answers: bool,
+    /// Connections that the kernel may have answered on, until they end or go on elsewhere.
+    pub max_answered: u32,
     /// What firewall rules mean that may stop what the proxy would not.
     pub firewall: Firewall,
     /// A connection of our own each way before the daemon is ready.
@@ -279,6 +283,8 @@ impl Default for Steer {
             pin_dir: PathBuf::from("/sys/fs/bpf/preflightd"),
             percent: 100,
             max_pending: 65_536,
+            kernel_answers: true,
+            max_answered: 65_536,
             firewall: Firewall::Refuse,
             self_test: true,
         }
@@ -503,8 +509,9 @@ impl Config {
 impl Steer {
     /// Without what takes effect while running.
     fn without_live(&self) -> Self {
-        let Self { mode, engage, storm_above, storm_below, percent, firewall, .. } = Self::default();
-        Self { mode, engage, storm_above, storm_below, percent, firewall, ..self.clone() }
+        let Self { mode, engage, storm_above, storm_below, percent, firewall, kernel_answers, .. } =
+            Self::default();
+        Self { mode, engage, storm_above, storm_below, percent, firewall, kernel_answers, ..self.clone() }
     }
 }
 

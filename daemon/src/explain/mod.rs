@@ -8,11 +8,12 @@ use crate::{
     http::{Head, HeadLimits, HeadReader, PreflightHead, date},
     policy::{
         Connection as Persistence, Decision, DenyReason, ListenerId, Outcome, PolicySpec, Preflight, RouteId,
-        SourceRef, Table, Trace, labels::RouteLabel,
+        SourceRef, Table, Trace, kernel::Tier, labels::RouteLabel,
     },
     reason::PassReason,
 };
 use ahash::AHashMap;
+use preflightd_common::abi::ask;
 use serde::{Deserialize, Serialize};
 use std::{
     fmt::Write as _,
@@ -32,6 +33,8 @@ pub struct Context<'a> {
     pub listener_name: &'a str,
     /// It is steered: the proxy has what a worker does not answer, and a worker answers once and closes.
     pub steered: bool,
+    /// And the kernel answers what it can.
+    pub kernel_answers: bool,
     /// Route labels by number.
     pub labels: &'a [RouteLabel],
     /// Where each policy was written, by its name.
@@ -77,6 +80,10 @@ pub struct Report {
     pub outcome: String,
     /// The verdict in words.
     pub words: String,
+    /// Who decides: `kernel`, `worker` or `proxy`.
+    pub tier: String,
+    /// And why it is not the kernel, where it might be.
+    pub tier_words: String,
     /// What matched, if anything did.
     pub route: Option<Route>,
     /// What a browser makes of the answer.
@@ -109,10 +116,17 @@ pub fn explain(context: &Context<'_>, bytes: &[u8]) -> Report {
         verdict: "passed".to_owned(),
         outcome: String::new(),
         words: String::new(),
+        tier: "worker".to_owned(),
+        tier_words: String::new(),
         route: None,
         browser: None,
         answer: None,
     };
+    let tier = tier(context, bytes);
+    if let Some(tier) = tier {
+        tier.name().clone_into(&mut report.tier);
+        report.tier_words = tier.words();
+    }
     match HeadReader::new().read(bytes, context.limits) {
         Head::Incomplete => {
             report.steps.push(format!("head: {} bytes, and its end is not among them", bytes.len()));
@@ -135,10 +149,22 @@ pub fn explain(context: &Context<'_>, bytes: &[u8]) -> Report {
                 text(head.host),
                 if rest > 0 { format!(" ({rest} bytes follow it)") } else { String::new() }
             ));
-            decide(context, &head, &mut report);
+            decide(context, &head, tier, &mut report);
         }
     }
     report
+}
+
+/// Which tier decides on a steered listener. The kernel looks at the same table.
+fn tier(context: &Context<'_>, bytes: &[u8]) -> Option<Tier> {
+    if !context.steered {
+        return None;
+    }
+    if !context.kernel_answers {
+        return Some(Tier::Worker(ask::Off));
+    }
+    let table = context.table.for_kernel(&[context.listener]);
+    Some(table.tier(context.listener, bytes, context.limits.max_bytes))
 }
 
 impl Report {
@@ -148,7 +174,7 @@ impl Report {
     }
 }
 
-fn decide(context: &Context<'_>, head: &PreflightHead<'_>, report: &mut Report) {
+fn decide(context: &Context<'_>, head: &PreflightHead<'_>, tier: Option<Tier>, report: &mut Report) {
     let request = Preflight {
         listener: context.listener,
         host: head.host,
@@ -170,7 +196,9 @@ fn decide(context: &Context<'_>, head: &PreflightHead<'_>, report: &mut Report) 
             report.route = matched(context, answer.route);
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             let mut bytes = Vec::with_capacity(answer.max_len());
-            let persistence = if context.steered { Persistence::Close } else { head.connection };
+            // A worker beside the proxy answers once.
+            let once = matches!(tier, Some(Tier::Worker(_) | Tier::Proxy));
+            let persistence = if once { Persistence::Close } else { head.connection };
             answer.render(&date::imf_fixdate(now), persistence, &mut bytes);
             let browser = browser::judge(head, &bytes);
             "answered".clone_into(&mut report.verdict);
@@ -200,7 +228,9 @@ fn decide(context: &Context<'_>, head: &PreflightHead<'_>, report: &mut Report) 
 
 fn passed(context: &Context<'_>, report: &mut Report, reason: PassReason) {
     reason.as_str().clone_into(&mut report.outcome);
-    let whose = if context.steered {
+    let whose = if report.tier == "proxy" {
+        "the kernel gives it to the proxy"
+    } else if context.steered {
         "it is the proxy's (a worker that has it already turns it away with 421, and it goes to the proxy when it comes again)"
     } else {
         "it goes to the upstream, byte for byte"
@@ -316,6 +346,9 @@ pub fn render(report: &Report) -> String {
         "{bold}verdict{bold:#}  {colour}{}, {}{colour:#}: {}",
         report.verdict, report.outcome, report.words
     );
+    if !report.tier_words.is_empty() {
+        let _ = writeln!(out, "{bold}tier{bold:#}     {}", report.tier_words);
+    }
     if let Some(browser) = &report.browser {
         for (how, refusals) in [
             ("without credentials", &browser.without_credentials),

@@ -31,6 +31,11 @@ impl Names {
         Self { sorted: Strings::new(sorted), longest }
     }
 
+    /// In ascending order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        self.sorted.iter()
+    }
+
     /// Whether every requested name is allowed. A browser sends them lower-case, sorted and unique (Fetch
     /// §4.8): so each must stand behind the one before, and nothing is scanned further than the longest allowed name.
     pub(super) fn allow(&self, lines: &[&[u8]]) -> bool {

@@ -178,6 +178,49 @@ pub(super) struct Template {
     private_network: bool,
 }
 
+/// An answer in pieces.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Pieces {
+    /// What stands before the date.
+    pub front: Vec<u8>,
+    /// What stands between date and origin.
+    pub middle: Vec<u8>,
+    /// Whether the origin stands here.
+    pub origin: bool,
+    /// What stands behind it.
+    pub tail: Vec<u8>,
+}
+
+impl Template {
+    /// `None`: more of the request than its origin is spliced in. The private network's line is left out: whoever asks for
+    /// it must not get these.
+    pub(super) fn pieces(&self, connection: Connection) -> Option<Pieces> {
+        if self.echo_method || self.headers != EchoHeaders::Never {
+            return None;
+        }
+        let names = self.kind.names;
+        let mut middle = match connection {
+            Connection::KeepAlive => b"\r\n",
+            Connection::KeepAlive10 => names.keep_alive,
+            Connection::Close => names.close,
+        }
+        .to_vec();
+        let mut tail = [&*self.fixed, b"\r\n"].concat();
+        if self.echo_origin {
+            middle.extend_from_slice(names.allow_origin);
+            tail.splice(..0, *b"\r\n");
+        }
+        Some(Pieces { front: self.kind.start.to_vec(), middle, origin: self.echo_origin, tail })
+    }
+}
+
+impl Pieces {
+    /// The whole answer.
+    pub fn with(&self, date: &[u8; 29], origin: &[u8]) -> Vec<u8> {
+        [&*self.front, date, &self.middle, if self.origin { origin } else { b"" }, &self.tail].concat()
+    }
+}
+
 /// Status and spelling.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Kind {

@@ -61,6 +61,11 @@ impl Own {
         parse_name(name, buffer)
     }
 
+    /// Ports that may stand in `Host`, ascending; none: any.
+    pub(super) fn ports(&self) -> &[u16] {
+        &self.ports
+    }
+
     /// Whether a client may rightly call this listener by this literal.
     pub(super) fn has(&self, name: &[u8], literal: Literal) -> bool {
         (self.loopback && literal.loopback) || self.literals.iter().any(|l| **l == *name)

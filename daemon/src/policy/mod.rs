@@ -8,6 +8,7 @@ pub mod answer;
 mod core;
 pub mod dialect;
 mod host;
+pub mod kernel;
 pub mod labels;
 mod origin;
 mod regex;
@@ -17,7 +18,8 @@ mod strings;
 pub mod table;
 
 pub(crate) use acrh::is_token;
-pub use answer::{Answer, Connection, DenyReason, Outcome};
+pub use answer::{Answer, Connection, DenyReason, Outcome, Pieces};
+pub use kernel::KernelTable;
 pub use labels::{RouteId, RouteLabels};
 pub use spec::{
     Finding, HostPattern, ListenerId, ListenerSpec, OnDenied, PathMatch, PolicySpec, Severity, SourceRef,

@@ -58,6 +58,53 @@ impl Origins {
     }
 }
 
+/// Origins as whole strings and ends of hosts, as far as they can be said so.
+#[derive(Debug, Default)]
+pub(super) struct Plain {
+    pub(super) all: bool,
+    /// Byte-equal.
+    pub(super) exact: Vec<Vec<u8>>,
+    /// Hosts that end so (from a dot on; nothing: all), with `https` or not, without a port.
+    pub(super) below: Vec<(bool, Vec<u8>)>,
+    /// With exactly one label before them, of letters, digits and hyphens.
+    pub(super) one_label: bool,
+    /// An origin in lower case, with `http` or `https` and without a port, that is none of these may be allowed too.
+    pub(super) more: bool,
+}
+
+impl Origins {
+    /// What can be decided by look-ups alone.
+    pub(super) fn plain(&self) -> Plain {
+        let mut plain = Plain::default();
+        match self {
+            Origins::All => plain.all = true,
+            Origins::Web(web) => web.tell(&mut plain),
+            Origins::OneLabel(list) => {
+                plain.one_label = true;
+                plain.exact = list.exact.iter().map(<[u8]>::to_vec).collect();
+                plain.below = list.wild.iter().filter_map(split_scheme).collect();
+            }
+            Origins::Matchers(matchers) => {
+                let Literals { exact, prefixes, suffixes, contained, .. } = &matchers.exact_case;
+                plain.exact = exact.iter().map(<[u8]>::to_vec).collect();
+                plain.more = matchers.any_case.is_some()
+                    || !(prefixes.is_empty() && suffixes.is_empty() && contained.is_empty())
+                    || !matchers.regexes.is_empty();
+            }
+        }
+        plain
+    }
+}
+
+/// `https://.example.com` as whether it is https, and what the host ends with. `None`: another scheme, or a port.
+fn split_scheme(joined: &[u8]) -> Option<(bool, Vec<u8>)> {
+    let (https, rest) = match joined.strip_prefix(b"https://") {
+        Some(rest) => (true, rest),
+        None => (false, joined.strip_prefix(b"http://")?),
+    };
+    (!rest.contains(&b':')).then(|| (https, rest.to_vec()))
+}
+
 /// Whether an `Origin` value may be judged, and echoed: visible ASCII, not too long.
 #[inline]
 pub(super) fn is_plain(origin: &[u8]) -> bool {
@@ -379,6 +426,25 @@ impl Web {
         }
         let tails = (!tails.is_empty()).then(|| Arc::new(Tails::new(tails)));
         Self { exact: Strings::new(exact), tails, default_port_is_none }
+    }
+
+    fn tell(&self, plain: &mut Plain) {
+        // What a request's origin is never compared with, its default port being stripped, is left out.
+        let said = |text: &&[u8]| !self.default_port_is_none || strip_default_port(text) == *text;
+        plain.exact = self.exact.iter().filter(said).map(<[u8]>::to_vec).collect();
+        for tail in self.tails.iter().flat_map(|tails| &tails.list) {
+            let https = match &*tail.scheme {
+                b"https" => true,
+                b"http" => false,
+                _ => continue,
+            };
+            match (tail.end.first(), tail.port) {
+                // Only origins with a port.
+                (_, Port::Number(_)) => {}
+                (None | Some(b'.'), _) => plain.below.push((https, tail.end.to_vec())),
+                (Some(_), _) => plain.exact.push([&*tail.scheme, b"://", &*tail.end].concat()),
+            }
+        }
     }
 
     fn allow(&self, origin: &[u8]) -> bool {

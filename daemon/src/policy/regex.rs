@@ -65,6 +65,11 @@ impl Regexes {
         (Self { groups, patterns: patterns.iter().map(|&p| p.into()).collect() }, refused)
     }
 
+    /// None at all.
+    pub(super) fn is_empty(&self) -> bool {
+        self.patterns.is_empty()
+    }
+
     /// Whether any pattern matches the whole of `text`.
     pub(super) fn is_match(&self, text: &[u8]) -> bool {
         self.groups.iter().any(|(_, dfa)| run(dfa, text).is_some())

@@ -87,6 +87,19 @@ pub(super) enum HostHit {
     Any,
 }
 
+/// A host and its entries.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum HostEntry<'a> {
+    Exact(&'a [u8], u32),
+    /// For hosts with one label before the suffix, and with more.
+    Below {
+        suffix: &'a [u8],
+        one: Option<u32>,
+        more: Option<u32>,
+    },
+    Any(u32),
+}
+
 /// What a path leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Routed {
@@ -144,6 +157,39 @@ impl Hosts {
             None => literal.map_or(Routed::Nowhere, Routed::from),
             Some(regexes) => regexes.route(literal, path),
         }
+    }
+
+    /// Each host: its name or suffix, and the entries for it and, if that is a suffix, for hosts far below it.
+    pub(super) fn each_host(&self, mut host: impl FnMut(HostEntry<'_>)) {
+        for (entry, name) in (0..).zip(self.exact.iter()) {
+            host(HostEntry::Exact(name, entry));
+        }
+        for (suffix, (one, more)) in self.wild.iter().zip(&self.wild_entries) {
+            let there = |entry: u32| (entry != NONE).then_some(entry);
+            host(HostEntry::Below { suffix, one: there(*one), more: there(*more) });
+        }
+        if self.any != NONE {
+            host(HostEntry::Any(self.any));
+        }
+    }
+
+    /// Each literal path of an entry: whether it is the whole path, its text without a slash at the end if not, and where
+    /// it leads.
+    pub(super) fn each_route(&self, entry: u32, mut route: impl FnMut(bool, &[u8], Target)) {
+        let host = &self.entries[entry as usize];
+        for found in &self.routes[host.first as usize..(host.first + host.count) as usize] {
+            route(found.exact, self.path(found), found.target);
+        }
+    }
+
+    /// Whether an entry has regular expressions.
+    pub(super) fn has_regexes(&self, entry: u32) -> bool {
+        self.entries[entry as usize].regexes.is_some()
+    }
+
+    /// How many entries there are.
+    pub(super) fn entries(&self) -> u32 {
+        self.entries.len() as u32
     }
 
     fn look(&self, entry: u32, exact: bool, path: &[u8]) -> Option<Target> {

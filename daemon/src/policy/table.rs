@@ -158,6 +158,22 @@ impl Table {
         Some(Described { policy, source, dialect })
     }
 
+    /// What a listener has.
+    pub(super) fn listener(&self, id: ListenerId) -> Option<(&Own, &Arc<Hosts>)> {
+        let listener = self.listeners.get(usize::from(id.0))?.as_ref()?;
+        Some((&listener.own, &listener.hosts))
+    }
+
+    /// The rules of a policy.
+    pub(super) fn core(&self, policy: u32) -> Option<&Core> {
+        self.policies.get(policy as usize)
+    }
+
+    /// Its name.
+    pub(super) fn policy_name(&self, policy: u32) -> Option<&Arc<str>> {
+        self.names.get(policy as usize).map(|(name, ..)| name)
+    }
+
     /// Decides a preflight. No allocation, no I/O, linear in the request's length, flat in the table's size.
     #[inline]
     pub fn decide<'a>(&'a self, request: &Preflight<'a>) -> Decision<'a> {

@@ -18,12 +18,17 @@ use aya::{
     },
 };
 use preflightd_common::{
-    abi::{Config, Endpoint, Host, Interface, MAX_HOSTS, MAX_PORTS, Service, event, fail_open, kind, swept},
+    abi::{
+        Config, Date, Endpoint, Host, Interface, MAX_DATES, MAX_HOSTS, MAX_PORTS, Pieces, Service, Template,
+        Term, Value, ask, event, fail_open, kind, outcome, swept,
+    },
     preflight::{line_of, mark},
+    tcp::sum_of,
 };
 use rustix::time::{ClockId, clock_gettime};
 
 use super::Error;
+use crate::{http::date::imf_fixdate, policy};
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -47,7 +52,15 @@ pub(super) struct Maps {
     fail_opens: PerCpuArray<MapData, u64>,
     port_counts: PerCpuArray<MapData, u64>,
     swept: Array<MapData, u32>,
+    terms: HashMap<MapData, Term, Value>,
+    templates: HashMap<MapData, Template, Pieces>,
+    dates: Array<MapData, Date>,
+    asked: PerCpuArray<MapData, u64>,
+    outcomes: PerCpuArray<MapData, Outcomes>,
 }
+
+/// What was decided on a route, by the slots of [`outcome`].
+pub type Outcomes = [u64; outcome::SLOTS as usize];
 
 impl Maps {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
@@ -69,6 +82,11 @@ impl Maps {
                 fail_opens: of("FAIL_OPENS").try_into()?,
                 port_counts: of("PORT_COUNTS").try_into()?,
                 swept: of("SWEPT").try_into()?,
+                terms: of("TERMS").try_into()?,
+                templates: of("TEMPLATES").try_into()?,
+                dates: of("DATES").try_into()?,
+                asked: of("ASKED").try_into()?,
+                outcomes: of("OUTCOMES").try_into()?,
             })
         };
         taken().map_err(failed("use the eBPF maps"))
@@ -197,9 +215,77 @@ impl Maps {
                 events: sums(&self.events, event::SLOTS)?,
                 fail_opens: sums(&self.fail_opens, fail_open::SLOTS)?,
                 ports: sums(&self.port_counts, rows * kind::SLOTS)?,
+                asked: sums(&self.asked, ask::SLOTS)?,
             })
         };
         read().map_err(failed("read the counters"))
+    }
+
+    /// What was decided on routes, by the numbers of their labels; at most `labels` of them.
+    pub(super) fn outcomes(&self, labels: u32) -> Result<Vec<Outcomes>> {
+        let read = |label| {
+            let mut sum = Outcomes::default();
+            for cpu in self.outcomes.get(&label, 0)?.iter() {
+                for (sum, count) in sum.iter_mut().zip(cpu) {
+                    *sum += count;
+                }
+            }
+            Ok(sum)
+        };
+        (0..labels.min(self.outcomes.len()))
+            .map(read)
+            .collect::<std::result::Result<_, _>>()
+            .map_err(failed("read OUTCOMES"))
+    }
+
+    /// Adds terms to those of a generation that is not in force yet.
+    pub(super) fn add_terms<'t>(
+        &mut self,
+        generation: u32,
+        terms: impl IntoIterator<Item = (&'t Term, &'t Value)>,
+    ) -> Result<()> {
+        terms
+            .into_iter()
+            .try_for_each(|(term, value)| self.terms.insert(Term { generation, ..*term }, value, 0))
+            .map_err(failed("write TERMS"))
+    }
+
+    /// Adds the templates of a generation that is not in force yet.
+    pub(super) fn add_templates(&mut self, generation: u32, templates: &[policy::Pieces]) -> Result<()> {
+        (0..)
+            .zip(templates)
+            .try_for_each(|(number, pieces)| {
+                self.templates.insert(Template { generation, number }, laid_out(pieces), 0)
+            })
+            .map_err(failed("write TEMPLATES"))
+    }
+
+    /// Removes the terms of every other generation, and the templates of every other but those of `before`, by which answers
+    /// are sent again. Nobody may read what is removed.
+    pub(super) fn keep_generation(&mut self, generation: u32, before: u32) -> Result<()> {
+        let mut remove = || {
+            let terms: Vec<_> = self.terms.keys().collect::<std::result::Result<_, _>>()?;
+            for term in terms.iter().filter(|term| term.generation != generation) {
+                self.terms.remove(term)?;
+            }
+            let templates: Vec<_> = self.templates.keys().collect::<std::result::Result<_, _>>()?;
+            for template in templates {
+                if template.generation != generation && template.generation != before {
+                    self.templates.remove(&template)?;
+                }
+            }
+            Ok(())
+        };
+        remove().map_err(failed("clear TERMS and TEMPLATES"))
+    }
+
+    /// Writes the `Date` of a second (since 1970).
+    pub(super) fn set_date(&mut self, second: u32) -> Result<()> {
+        let mut date = Date { second, ..Date::default() };
+        let text = imf_fixdate(u64::from(second));
+        date.text[..text.len()].copy_from_slice(&text);
+        date.sum = sum_of(&text);
+        self.dates.set(second % MAX_DATES, date, 0).map_err(failed("write DATES"))
     }
 
     /// Sets a port's counters to zero, for it is another port than before.
@@ -241,6 +327,8 @@ pub struct Counts {
     pub fail_opens: Vec<u64>,
     /// By row and the slots of [`kind`].
     pub ports: Vec<u64>,
+    /// By the slots of [`ask`].
+    pub asked: Vec<u64>,
 }
 
 impl Counts {
@@ -296,6 +384,28 @@ pub(super) fn words(address: IpAddr) -> [u32; 4] {
     std::array::from_fn(|i| {
         u32::from_ne_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
     })
+}
+
+/// An answer as `TEMPLATES` has it. The lengths were checked when it was made.
+fn laid_out(pieces: &policy::Pieces) -> Pieces {
+    let policy::Pieces { front, middle, origin, tail } = pieces;
+    let mut out = Pieces {
+        front_length: front.len() as u32,
+        middle_length: middle.len() as u32,
+        tail_length: tail.len() as u32,
+        origin: u32::from(*origin),
+        front_sum: sum_of(front),
+        middle_sum: sum_of(middle),
+        tail_sum: sum_of(tail),
+        zero: 0,
+        front: [0; _],
+        middle: [0; _],
+        tail: [0; _],
+    };
+    out.front[..front.len()].copy_from_slice(front);
+    out.middle[..middle.len()].copy_from_slice(middle);
+    out.tail[..tail.len()].copy_from_slice(tail);
+    out
 }
 
 /// Nanoseconds of the clock that the programs read.

@@ -6,6 +6,7 @@
 
 use std::{error, fmt};
 
+mod barrier;
 pub mod firewall;
 #[cfg(test)]
 mod frames;
@@ -20,11 +21,11 @@ mod self_test;
 mod steering;
 pub mod sysctl;
 
-pub use maps::{Counts, Marks};
+pub use maps::{Counts, Marks, Outcomes};
 pub use object::{EmptyProgram, verified_instructions};
 pub use pins::{Detached, detach};
-pub use preflightd_common::abi::{event, fail_open, kind};
-pub use steering::{PortReport, Report, Service, State, Steering};
+pub use preflightd_common::abi::{ask, event, fail_open, kind, outcome};
+pub use steering::{KernelReport, PortReport, Report, Service, State, Steering};
 
 const PRIVILEGES: &str = "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON";
 

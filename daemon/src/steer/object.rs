@@ -66,13 +66,29 @@ pub(super) struct Fitted {
     pub(super) time_wait: bool,
 }
 
-/// Loads the maps, and finds out what the kernel can run. `pins`: a directory of bpffs where maps are pinned, or found
-/// if they are there already. `pending`: entries of the map of connections that wait.
-pub(super) fn load(pins: Option<&Path>, pending: u32) -> Result<Fitted, Error> {
-    fit_and_load(Fit::of_this_kernel(), pins, pending)
+/// How much fits in the maps that are as large as one wants them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    /// Connections that wait.
+    pub(super) pending: u32,
+    /// Connections that the program has answered on.
+    pub(super) answered: u32,
+    /// Labels of routes.
+    pub(super) labels: u32,
 }
 
-fn fit_and_load(fit: Result<Fit, Error>, pins: Option<&Path>, pending: u32) -> Result<Fitted, Error> {
+impl Sizes {
+    /// Enough to try things out.
+    pub(super) const SMALL: Self = Self { pending: 1024, answered: 1024, labels: 64 };
+}
+
+/// Loads the maps, and finds out what the kernel can run. `pins`: a directory of bpffs where maps are pinned, or found
+/// if they are there already.
+pub(super) fn load(pins: Option<&Path>, sizes: Sizes) -> Result<Fitted, Error> {
+    fit_and_load(Fit::of_this_kernel(), pins, sizes)
+}
+
+fn fit_and_load(fit: Result<Fit, Error>, pins: Option<&Path>, sizes: Sizes) -> Result<Fitted, Error> {
     let mut elf = OBJECT.to_vec();
     let time_wait = fit.as_ref().is_ok_and(|fit| fit.fields[3..].iter().all(Option::is_some));
     let cannot_steer = match fit {
@@ -86,7 +102,11 @@ fn fit_and_load(fit: Result<Fit, Error>, pins: Option<&Path>, pending: u32) -> R
     let mut loader = EbpfLoader::new();
     // aya asks for it only to relocate types, which the object does not need; and not every kernel has it.
     let btf = Btf::from_sys_fs().ok();
-    loader.btf(btf.as_ref()).map_max_entries("PENDING", pending);
+    loader
+        .btf(btf.as_ref())
+        .map_max_entries("PENDING", sizes.pending)
+        .map_max_entries("ANSWERED", sizes.answered)
+        .map_max_entries("OUTCOMES", sizes.labels);
     if let Some(pins) = pins {
         for name in PINNED {
             loader.map_pin_path(name, Cow::Owned(pins.join(name)));
@@ -114,16 +134,20 @@ pub(super) const PINNED: &[&str] = &[
     "FAIL_OPENS",
     "PORT_COUNTS",
     "SWEPT",
+    "ANSWERED",
+    "TERMS",
+    "TEMPLATES",
+    "DATES",
 ];
 
-/// How many connections may wait: of the map that is in use, which an earlier daemon may have made.
-pub(super) fn entries_of_pending(ebpf: &Ebpf) -> Result<u32, Error> {
-    let failed = "ask for the size of PENDING";
-    match ebpf.map("PENDING") {
-        Some(aya::maps::Map::LruHashMap(map)) => {
+/// How much fits in a hash map of connections that is in use, which an earlier daemon may have made.
+pub(super) fn entries_of(ebpf: &Ebpf, name: &str) -> Result<u32, Error> {
+    let failed = format!("ask for the size of {name}");
+    match ebpf.map(name) {
+        Some(aya::maps::Map::LruHashMap(map) | aya::maps::Map::HashMap(map)) => {
             Ok(map.info().map_err(Error::new(failed, super::PRIVILEGES))?.max_entries())
         }
-        _ => Err(Error::new(failed, "build the daemon anew")("it is no LRU hash map")),
+        _ => Err(Error::new(failed, "build the daemon anew")("it is no hash map")),
     }
 }
 
@@ -150,7 +174,7 @@ pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), Error> {
 /// # Errors
 /// The kernel refuses a map or a program.
 pub fn verified_instructions() -> Result<Vec<(&'static str, u32)>, Error> {
-    let mut fitted = load(None, 1024)?;
+    let mut fitted = load(None, Sizes::SMALL)?;
     if let Some(error) = fitted.cannot_steer {
         return Err(error);
     }
@@ -180,7 +204,7 @@ impl EmptyProgram {
     /// # Errors
     /// There is no such interface, or the kernel refuses.
     pub fn attach(netns: &Netns, interface: &str) -> Result<Self, Error> {
-        let mut ebpf = load(None, 1024)?.ebpf;
+        let mut ebpf = load(None, Sizes::SMALL)?.ebpf;
         load_program(&mut ebpf, "empty")?;
         let program = program(&mut ebpf, "empty");
         let attach = || {
@@ -319,7 +343,7 @@ mod tests {
             return;
         }
         let unfit = Err(Error::new("find the function", "observe instead")("there is none"));
-        let mut fitted = fit_and_load(unfit, None, 1024).expect("the maps load");
+        let mut fitted = fit_and_load(unfit, None, Sizes::SMALL).expect("the maps load");
         assert!(fitted.cannot_steer.is_some() && !fitted.time_wait);
         for name in ["observe", "sweep_pending"] {
             load_program(&mut fitted.ebpf, name).unwrap_or_else(|error| panic!("{error}"));
@@ -333,7 +357,7 @@ mod tests {
             eprintln!("skipped: loading an eBPF program needs root");
             return;
         }
-        let mut fitted = load(None, 1024).expect("the maps load");
+        let mut fitted = load(None, Sizes::SMALL).expect("the maps load");
         if let Some(error) = &fitted.cannot_steer {
             panic!("{error}");
         }

@@ -60,8 +60,9 @@ impl Metrics {
 fn describe() {
     describe_counter!(
         "preflightd_requests_total",
-        "Requests that reached the policies, by route and what became of them. Routes beyond admin.max_routes share \
-         the series with empty host, route and policy, as do requests without a route."
+        "Requests that reached the policies, by route, what became of them, and which tier decided: `worker` or `kernel`. \
+         Routes beyond admin.max_routes share the series with empty host, route and policy, as do requests without a \
+         route."
     );
     describe_counter!("preflightd_connections_accepted_total", "Connections accepted by workers.");
     describe_gauge!("preflightd_connections_open", "Connections that workers own now.");
@@ -119,11 +120,20 @@ fn requests(status: &Status) {
     let mut sums: HashMap<_, u64> = HashMap::new();
     for worker in &status.workers {
         for (route, outcome, reason, count) in worker.requests() {
-            *sums.entry((route, outcome, reason)).or_default() += count;
+            *sums.entry((route, outcome, reason, "worker")).or_default() += count;
+        }
+    }
+    #[cfg(feature = "ebpf")]
+    if let Some(report) = status.steer() {
+        for (route, row) in (0..).zip(&report.kernel.outcomes) {
+            for (slot, count) in (0..).zip(row).filter(|(_, count)| **count > 0) {
+                let (outcome, reason) = decided(slot);
+                *sums.entry((crate::policy::RouteId(route), outcome, reason, "kernel")).or_default() += count;
+            }
         }
     }
     let labels = status.running().labels.clone();
-    for ((route, outcome, reason), count) in sums {
+    for ((route, outcome, reason, tier), count) in sums {
         // Numbers are never reused, so a route without a label is one of a table that is not public yet.
         let Some(label) = labels.get(route.0 as usize) else { continue };
         counter!(
@@ -133,8 +143,25 @@ fn requests(status: &Status) {
             "policy" => label.policy.to_string(),
             "outcome" => outcome,
             "reason" => reason,
+            "tier" => tier,
         )
         .absolute(count);
+    }
+}
+
+/// What the kernel decided, in the workers' words.
+#[cfg(feature = "ebpf")]
+fn decided(slot: u32) -> (&'static str, &'static str) {
+    use crate::{reason::PassReason, steer::outcome};
+    match slot {
+        outcome::Allowed => ("allowed", ""),
+        outcome::DeniedOrigin => ("denied", "origin"),
+        outcome::DeniedMethod => ("denied", "method"),
+        outcome::DeniedHeaders => ("denied", "headers"),
+        outcome::PassedOrigin => ("passed", PassReason::OriginNotAllowed.as_str()),
+        outcome::PassedMethod => ("passed", PassReason::MethodNotAllowed.as_str()),
+        outcome::PassedHeaders => ("passed", PassReason::HeadersNotAllowed.as_str()),
+        _ => ("passed", PassReason::NoRoute.as_str()),
     }
 }
 
@@ -224,7 +251,7 @@ fn describe_steer() {
     );
     describe_counter!(
         "preflightd_steer_flows_total",
-        "Deferred connections by who got them: `worker` or `proxy`."
+        "Deferred connections by who got their first request: `kernel`, `worker` or `proxy`."
     );
     describe_counter!(
         "preflightd_steer_fail_open_total",
@@ -236,6 +263,20 @@ fn describe_steer() {
         "preflightd_steer_packet_seconds",
         "What a packet to a steered port takes in the program on average, estimated from one in 64 on each CPU."
     );
+    describe_gauge!(
+        "preflightd_steer_answer_seconds",
+        "What a packet that the program answers takes in it on average, of those that are timed."
+    );
+    describe_counter!(
+        "preflightd_steer_asked_total",
+        "Preflights, and what began like some, that the kernel did not answer itself, by reason."
+    );
+    describe_gauge!("preflightd_steer_kernel_answers", "1: the kernel answers what it can decide.");
+    describe_gauge!(
+        "preflightd_steer_answered",
+        "Connections that the kernel has answered on and that are nobody else's yet, about."
+    );
+    describe_gauge!("preflightd_steer_answered_limit", "How many of them fit.");
     describe_gauge!(
         "preflightd_steer_pending",
         "Connections between their SYN and their first data, as of the last sweep (10 s)."
@@ -254,7 +295,7 @@ fn describe_steer() {
 
 #[cfg(feature = "ebpf")]
 fn steer(status: &Status) {
-    use crate::steer::{State, event, fail_open, kind};
+    use crate::steer::{State, ask, event, fail_open, kind};
 
     let Some(report) = status.steer() else { return };
     for state in State::ALL {
@@ -266,7 +307,7 @@ fn steer(status: &Status) {
         let label = port.port.to_string();
         for (slot, name) in (0..).zip(kind::NAMES) {
             let count = counts.port(port.row, slot);
-            if slot == kind::Worker || slot == kind::Proxy {
+            if matches!(slot, kind::Kernel | kind::Worker | kind::Proxy) {
                 counter!("preflightd_steer_flows_total", "port" => label.clone(), "to" => *name)
                     .absolute(count);
             } else {
@@ -281,7 +322,9 @@ fn steer(status: &Status) {
         counter!("preflightd_steer_fail_open_total", "reason" => *name).absolute(*count);
     }
     for (slot, name) in (0..).zip(event::NAMES) {
-        if !matches!(slot, event::Packet | event::SampledNs | event::Sampled) {
+        const OTHERWISE: [u32; 5] =
+            [event::Packet, event::SampledNs, event::Sampled, event::AnswerNs, event::AnswerSampled];
+        if !OTHERWISE.contains(&slot) {
             counter!("preflightd_steer_events_total", "event" => *name).absolute(counts.event(slot));
         }
     }
@@ -289,6 +332,17 @@ fn steer(status: &Status) {
     let sampled = number(counts.event(event::Sampled)).max(1.0);
     let each = number(counts.event(event::SampledNs)) / sampled;
     gauge!("preflightd_steer_packet_seconds").set(each / 1e9);
+    let sampled = number(counts.event(event::AnswerSampled)).max(1.0);
+    let each = number(counts.event(event::AnswerNs)) / sampled;
+    gauge!("preflightd_steer_answer_seconds").set(each / 1e9);
+    for (slot, (name, count)) in (0..).zip(ask::NAMES.iter().zip(&counts.asked)) {
+        if slot != ask::Nothing {
+            counter!("preflightd_steer_asked_total", "reason" => *name).absolute(*count);
+        }
+    }
+    gauge!("preflightd_steer_kernel_answers").set(f64::from(u8::from(report.kernel.on)));
+    gauge!("preflightd_steer_answered").set(number(report.kernel.answered));
+    gauge!("preflightd_steer_answered_limit").set(f64::from(report.kernel.max_answered));
     gauge!("preflightd_steer_pending").set(number(report.pending));
     gauge!("preflightd_steer_pending_limit").set(f64::from(report.max_pending));
     for interface in &report.interfaces {

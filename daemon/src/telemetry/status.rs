@@ -177,11 +177,21 @@ impl Status {
             listener: ListenerId(index as u16),
             listener_name: &self.config.listeners[index].name,
             steered: self.config.listeners[index].steer,
+            kernel_answers: self.kernel_answers(),
             labels: &labels,
             sources: &sources,
             limits: HeadLimits { max_bytes: self.config.limits.max_head_bytes },
         };
         Ok(explain::explain(&context, bytes))
+    }
+
+    /// Whether the kernel answers: what runs may differ from what was configured.
+    fn kernel_answers(&self) -> bool {
+        #[cfg(feature = "ebpf")]
+        if let Some(report) = self.steer() {
+            return report.kernel.on;
+        }
+        self.config.steer.kernel_answers
     }
 
     /// For people and scripts who look after it.

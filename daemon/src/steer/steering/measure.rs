@@ -167,6 +167,7 @@ impl Steering {
         program.test_run(options).map_err(Error::new("sweep the map of waiting connections", PRIVILEGES))?;
         self.times.sweeping = begin.elapsed();
         let Swept { slots, silent } = self.maps.swept()?;
+        self.answers.swept(&slots, &self.counts);
         let all = [swept::Observed, swept::Deferred, swept::Acknowledged, swept::Given];
         self.pending = Occupancy {
             swept: all.iter().map(|slot| u64::from(slots[*slot as usize])).sum(),

@@ -24,24 +24,26 @@ use super::{
     interfaces::{Interface, Routes},
     maps::{Maps, words},
     netns::Netns,
-    object::{self, Fitted},
+    object::{self, Fitted, Sizes},
     pins::Pins,
     sysctl::Sysctls,
 };
 use crate::{
     config::{Engage, Firewall, Steer, SteerMode},
-    policy::{HostPattern, ListenerId, PolicySpec},
+    policy::{HostPattern, ListenerId, PolicySpec, Table},
     worker::listen,
 };
+use answers::Answers;
 use look::Attached;
 use measure::{Disengaged, Occupancy, Storm};
 
+mod answers;
 mod look;
 mod measure;
 mod play;
 mod report;
 
-pub use report::{PortReport, Report, State};
+pub use report::{KernelReport, PortReport, Report, State};
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -113,6 +115,7 @@ pub struct Steering {
     /// Addresses and ports that do not fit.
     beyond: usize,
     max_pending: u32,
+    answers: Answers,
     cpus: u64,
     times: Times,
     counts: Counts,
@@ -148,11 +151,18 @@ struct Times {
 }
 
 impl Steering {
-    /// Loads the programs, or takes over what an earlier daemon pinned. Nothing is attached yet.
+    /// Loads the programs, or takes over what an earlier daemon pinned. Nothing is attached yet. `max_head`: longer heads
+    /// are not for the kernel to answer, in bytes; `labels`: so many routes are counted apart.
     ///
     /// # Errors
     /// The namespace cannot be entered, the kernel refuses the maps, or bpffs is missing.
-    pub fn open(options: &Steer, services: Vec<Service>, workers: usize) -> Result<Self> {
+    pub fn open(
+        options: &Steer,
+        services: Vec<Service>,
+        workers: usize,
+        max_head: usize,
+        labels: usize,
+    ) -> Result<Self> {
         let netns = Netns::open(&options.netns)?;
         let tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
         let rows = rows(&services)?;
@@ -169,8 +179,10 @@ impl Steering {
             netns.enter(Sysctls::read)?.map_err(Error::new("read the kernel's settings", "mount /proc"))?;
         // Without a link there is nothing that could outlive us.
         let pins = if tcx { Some(Pins::open(&options.pin_dir, netns.number()?)?) } else { None };
+        let sizes =
+            Sizes { pending: options.max_pending, answered: options.max_answered, labels: labels as u32 };
         let Fitted { mut ebpf, cannot_steer, time_wait } =
-            object::load(pins.as_ref().map(Pins::directory), options.max_pending)?;
+            object::load(pins.as_ref().map(Pins::directory), sizes)?;
         let mut cannot_steer = cannot_steer.map(|error| error.to_string());
         if cannot_steer.is_none()
             && let Err(error) = object::load_program(&mut ebpf, "steer")
@@ -180,13 +192,19 @@ impl Steering {
         let program = if cannot_steer.is_none() { "steer" } else { "observe" };
         object::load_program(&mut ebpf, program)?;
         object::load_program(&mut ebpf, "sweep_pending")?;
-        let max_pending = object::entries_of_pending(&ebpf)?;
-        if max_pending != options.max_pending {
-            tracing::warn!(
-                max_pending,
-                wanted = options.max_pending,
-                "steer.max_pending takes effect with new maps: run `preflightd detach` before the daemon starts"
-            );
+        let max_pending = object::entries_of(&ebpf, "PENDING")?;
+        let max_answered = object::entries_of(&ebpf, "ANSWERED")?;
+        for (name, now, wanted) in [
+            ("max_pending", max_pending, options.max_pending),
+            ("max_answered", max_answered, options.max_answered),
+        ] {
+            if now != wanted {
+                tracing::warn!(
+                    now,
+                    wanted,
+                    "steer.{name} takes effect with new maps: run `preflightd detach` before the daemon starts"
+                );
+            }
         }
         let maps = Maps::take(&mut ebpf)?;
         let counts = maps.counts(rows.len() as u32)?;
@@ -220,6 +238,7 @@ impl Steering {
             served: None,
             beyond: 0,
             max_pending,
+            answers: Answers::new(max_answered, max_head),
             cpus: aya::util::online_cpus().map_or(1, |cpus| cpus.len() as u64),
             times: Times {
                 key: now,
@@ -280,7 +299,7 @@ impl Steering {
     ///
     /// # Errors
     /// The kernel refuses a map or the program; a named interface does not exist.
-    pub fn engage(&mut self, policies: &[PolicySpec]) -> Result<()> {
+    pub fn engage(&mut self, policies: &[PolicySpec], table: &Table) -> Result<()> {
         let (earlier, predecessor) = (self.maps.config()?, self.maps.owner()?);
         self.owner = loop {
             let number = random()?[0] as u32;
@@ -298,6 +317,7 @@ impl Steering {
         self.maps.set_key(key, random()?)?;
         // Until all is in its place nothing new is deferred: what an earlier daemon served may be something else now.
         self.config = abi::Config { key, state: state::OFF, ..earlier };
+        self.answers.follow(earlier.generation);
         self.maps.set_config(self.config)?;
         for row in self.rows.values() {
             self.maps.clear_row(row.row)?;
@@ -305,6 +325,7 @@ impl Steering {
         self.counts = self.maps.counts(self.rows.len() as u32)?;
         self.earlier = (Instant::now(), preflights(&self.counts));
         self.judged = (Instant::now(), self.counts.clone());
+        self.set_date()?;
         // Whom an earlier daemon left waiting says nothing of a port: idle browsers do not speak when we start.
         self.sweep()?;
         for row in self.rows.values_mut() {
@@ -314,7 +335,7 @@ impl Steering {
         self.look_at_firewall(true)?;
         self.look(true)?;
         self.serve()?;
-        self.set_policies(policies)?;
+        self.set_policies(policies, table)?;
         for (slot, socket) in &self.sockets {
             self.maps.set_socket(*slot, socket)?;
         }
@@ -324,11 +345,11 @@ impl Steering {
         self.maps.beat(true)
     }
 
-    /// New policies: their hosts.
+    /// New policies: their hosts, and what the kernel can decide by the table that they were compiled to.
     ///
     /// # Errors
-    /// The kernel refuses the map.
-    pub fn set_policies(&mut self, policies: &[PolicySpec]) -> Result<()> {
+    /// The kernel refuses a map.
+    pub fn set_policies(&mut self, policies: &[PolicySpec], table: &Table) -> Result<()> {
         if !self.is_in_charge()? {
             return Ok(());
         }
@@ -336,7 +357,7 @@ impl Steering {
         if beyond > 0 {
             tracing::warn!(hosts = beyond, "more hosts than fit: the proxy answers the preflights of these");
         }
-        Ok(())
+        self.set_answers(table)
     }
 
     /// A new configuration: mode, engagement and share take effect at once.
@@ -344,9 +365,18 @@ impl Steering {
     /// # Errors
     /// The kernel refuses a map.
     pub fn set_options(&mut self, options: &Steer) -> Result<()> {
-        let Steer { mode, engage, storm_above, storm_below, percent, firewall, .. } = options.clone();
-        self.options =
-            Steer { mode, engage, storm_above, storm_below, percent, firewall, ..self.options.clone() };
+        let Steer { mode, engage, storm_above, storm_below, percent, firewall, kernel_answers, .. } =
+            options.clone();
+        self.options = Steer {
+            mode,
+            engage,
+            storm_above,
+            storm_below,
+            percent,
+            firewall,
+            kernel_answers,
+            ..self.options.clone()
+        };
         // The next tick looks at what matters now; until then what is known holds.
         self.times.firewall = long_ago();
         self.times.look = long_ago();
@@ -365,6 +395,7 @@ impl Steering {
         self.counts = self.maps.counts(self.rows.len() as u32)?;
         self.measure(now);
         self.judge(now);
+        self.set_date()?;
         let pressed = self.config.flags & config_flags::PRESSURE != 0 || self.fill() > 0.5;
         let pause =
             if pressed { (self.times.sweeping * SWEEP_SHARE).clamp(SWEEP_PRESSED, SWEEP) } else { SWEEP };
@@ -461,6 +492,7 @@ impl Steering {
             counts: self.counts.clone(),
             pending: self.pending.now,
             max_pending: self.max_pending,
+            kernel: self.answers.report(self.options.kernel_answers, &self.counts),
         }
     }
 
@@ -555,7 +587,9 @@ impl Steering {
             cookie_budget: COOKIE_BUDGET,
             room: self.room(),
             round: self.config.round.wrapping_add(1),
-            zero: 0,
+            generation: self.answers.generation(),
+            second: self.answers.second(),
+            max_head: self.answers.max_head(),
         };
         self.serve()?;
         self.config = config;
@@ -576,6 +610,7 @@ impl Steering {
             | flag(sysctls.ecn > 2, config_flags::ACCURATE_ECN)
             | flag(pressure, config_flags::PRESSURE)
             | flag(self.time_wait, config_flags::TIME_WAIT)
+            | flag(self.options.kernel_answers, config_flags::ANSWERS)
             | flag(self.routes.sure_v4, config_flags::ROUTES_V4)
             | flag(self.routes.sure_v6, config_flags::ROUTES_V6)
     }

@@ -1,8 +1,9 @@
 //! What can be told of steering.
 
-use preflightd_common::abi::kind;
+use preflightd_common::abi::{ask, event, kind};
 
-use super::super::Counts;
+use super::super::{Counts, maps::Outcomes};
+use crate::policy::kernel::Summary;
 
 /// What the programs do at present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +50,59 @@ pub struct Report {
     pub pending: u64,
     /// So many fit.
     pub max_pending: u32,
+    /// What the kernel answers.
+    pub kernel: KernelReport,
+}
+
+/// What can be told of kernel answers.
+#[derive(Clone, Debug)]
+pub struct KernelReport {
+    /// It answers.
+    pub on: bool,
+    /// Generation of the policies that it answers by.
+    pub generation: u64,
+    /// What it can decide.
+    pub summary: Summary,
+    /// Connections that it has answered on, about.
+    pub answered: u64,
+    /// So many fit.
+    pub max_answered: u32,
+    /// What it decided, by the number of the route's label.
+    pub outcomes: Vec<Outcomes>,
+}
+
+impl KernelReport {
+    /// At most so many policies are named that are not the kernel's.
+    const NAMED: usize = 100;
+
+    fn json(&self, counts: &Counts) -> serde_json::Value {
+        let Summary { hosts, paths, origins, names, templates, left, too_large } = &self.summary;
+        let asked = ask::NAMES.iter().zip(&counts.asked).filter(|(_, count)| **count > 0);
+        serde_json::json!({
+            "on": self.on,
+            "generation": self.generation,
+            "connections": self.answered,
+            "max_connections": self.max_answered,
+            "answers": counts.event(event::KernelAnswer),
+            "asked": asked
+                .map(|(name, count)| ((*name).to_owned(), serde_json::Value::from(*count)))
+                .collect::<serde_json::Map<_, _>>(),
+            "table": {
+                "hosts": hosts,
+                "paths": paths,
+                "origins": origins,
+                "header_names": names,
+                "answers": templates,
+                "too_large": too_large,
+                "left_to_workers": left.len(),
+                "left": left
+                    .iter()
+                    .take(Self::NAMED)
+                    .map(|(policy, why)| serde_json::json!({ "policy": policy.as_ref(), "why": why }))
+                    .collect::<Vec<_>>(),
+            },
+        })
+    }
 }
 
 impl Report {
@@ -72,6 +126,7 @@ impl Report {
             "ports": ports.collect::<Vec<_>>(),
             "pending": self.pending,
             "max_pending": self.max_pending,
+            "kernel": self.kernel.json(&self.counts),
         })
     }
 }

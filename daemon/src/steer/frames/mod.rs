@@ -16,6 +16,8 @@ use preflightd_common::{
     tcp::{flags, read_options},
 };
 
+mod answers;
+
 use super::{
     maps::{Maps, words},
     netns::tests::{Scratch, have_root},
@@ -36,7 +38,7 @@ struct Bench {
 
 impl Bench {
     fn new(port: u16, config: Config) -> Self {
-        let mut ebpf = object::load(None, 1024).expect("the maps load").ebpf;
+        let mut ebpf = object::load(None, object::Sizes::SMALL).expect("the maps load").ebpf;
         for name in ["steer", "observe"] {
             object::load_program(&mut ebpf, name).expect(name);
         }
@@ -55,7 +57,7 @@ impl Bench {
 
     /// The verdict, and the frame afterwards.
     fn run(&mut self, program: &str, frame: &[u8]) -> (i32, Vec<u8>) {
-        let mut out = vec![0; 256];
+        let mut out = vec![0; 4096];
         let options =
             TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
         let result = object::program(&mut self.ebpf, program).test_run(options).expect("the kernel runs it");
