@@ -80,6 +80,8 @@ pub struct Decide {
     rest: Span,
     /// So many bytes of a text were looked through.
     offset: u32,
+    /// 1: the host may be an address.
+    literal: u32,
     /// The bit of the method.
     method: u32,
     /// The port in `Host`.
@@ -280,6 +282,9 @@ impl Decide {
             }
             phase::HOST | phase::HOST_BELOW | phase::ANY_HOST => match found {
                 Some(value) => self.take_host(head, &Routes::of(value)),
+                None if self.literal != 0 => {
+                    self.ask(ask::Host);
+                }
                 None if self.phase == phase::ANY_HOST => {
                     self.ask(ask::UnknownHost);
                 }
@@ -351,11 +356,9 @@ impl Decide {
         if name_end == at || dots & 1 != 0 || byte(bytes, name_end - 1) == b'.' {
             return self.ask(ask::Host);
         }
-        // Perhaps an address, whose spellings are many.
+        // Perhaps an address, whose spellings are many: only the very text of a listed one is known.
         let last = if dots == 0 { at } else { at + highest_bit(dots) + 1 };
-        if byte(bytes, last).is_ascii_digit() {
-            return self.ask(ask::Host);
-        }
+        self.literal = u32::from(byte(bytes, last).is_ascii_digit());
         self.rest.end = name_end;
         if colons == 0 {
             return self.go(phase::HOST);

@@ -47,7 +47,9 @@ pub struct Options {
     pub proxy: Proxy,
     /// Whether the daemon runs at all.
     pub daemon: bool,
-    /// Lines of `[steer]`.
+    /// The kernel answers what it can: not unless a test is about it, for most want to see workers.
+    pub kernel_answers: bool,
+    /// Further lines of `[steer]`.
     pub steer: String,
     /// The policies.
     pub policies: String,
@@ -69,6 +71,7 @@ impl Default for Options {
             clients: 1,
             proxy: Proxy::Nginx { workers: 1, reuseport: false },
             daemon: true,
+            kernel_answers: false,
             steer: String::new(),
             policies: POLICY.to_owned(),
             toml: String::new(),
@@ -258,6 +261,35 @@ impl Lab {
         assert_eq!(connection.as_deref(), Some("close"), "{case}: {response:?}");
     }
 
+    /// Checks that the kernel answered, or in a lab without the daemon the proxy.
+    ///
+    /// # Panics
+    /// It was someone else, or the answer is not as it must be.
+    #[track_caller]
+    pub fn expect_kernel(&self, response: &Response, case: impl std::fmt::Display) {
+        if !self.is_steered() {
+            expect_proxy(response, case);
+            return;
+        }
+        assert_eq!(response.status, 204, "{case}: the kernel's answer: {response:?}");
+        assert_eq!(response.header("x-from"), None, "{case}: the proxy answered");
+        assert_eq!(response.header("access-control-allow-origin"), Some(ORIGIN), "{case}: {response:?}");
+        assert_eq!(response.header("connection"), None, "{case}: a worker answered: {response:?}");
+    }
+
+    /// Waits until the kernel answers at every site; in a lab without the daemon, not at all.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn wait_kernel(&self) {
+        for site in self.sites().into_iter().filter(|_| self.is_steered()) {
+            wait_until(format_args!("the kernel to answer at {site}"), || {
+                let response = self.preflight(site);
+                response.header("x-from").is_none() && response.header("connection").is_none()
+            });
+        }
+    }
+
     /// Who answers a preflight now: a worker, or the proxy. `None`: nobody.
     ///
     /// # Panics
@@ -354,7 +386,7 @@ impl Lab {
         };
         format!(
             "{toml}\n\
-             [steer]\npin_dir = \"{pin_dir}\"\n{netns}{steer}\n\n\
+             [steer]\npin_dir = \"{pin_dir}\"\nkernel_answers = {kernel_answers}\n{netns}{steer}\n\n\
              [[listener]]\nname = \"web4\"\naddress = \"0.0.0.0:80\"\naddresses = {v4}\nsteer = true\n\n\
              [[listener]]\nname = \"web6\"\naddress = \"[::]:80\"\naddresses = {v6}\nsteer = true\n\n\
              [workers]\ncount = 2\npin = false\n\n\
@@ -365,6 +397,7 @@ impl Lab {
             toml = self.options.toml,
             pin_dir = self.pin_dir.display(),
             steer = self.options.steer,
+            kernel_answers = self.options.kernel_answers,
         )
     }
 

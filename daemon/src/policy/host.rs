@@ -61,6 +61,11 @@ impl Own {
         parse_name(name, buffer)
     }
 
+    /// Addresses by which a client may rightly call this listener, but for those of loopback.
+    pub(super) fn literals(&self) -> impl Iterator<Item = &[u8]> {
+        self.literals.iter().map(|literal| &**literal)
+    }
+
     /// Ports that may stand in `Host`, ascending; none: any.
     pub(super) fn ports(&self) -> &[u16] {
         &self.ports

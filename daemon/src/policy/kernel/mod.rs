@@ -3,6 +3,7 @@
 
 use super::answer::{Connection, Pieces, Template};
 use super::core::{Core, Methods};
+use super::host::Own;
 use super::origin::Origins;
 use super::routes::{CONFLICT, HostEntry, Hosts, Target};
 use super::table::Table;
@@ -176,7 +177,7 @@ impl Table {
                     }
                     build.add(term::LISTENER, u32::from(id.0), b"", value);
                 }
-                build.listener(id, hosts);
+                build.listener(id, own, hosts);
             }
             if build.made.terms.len() > MAX_TERMS as usize / 2
                 || build.made.templates.len() > MAX_TEMPLATES as usize / 2
@@ -226,7 +227,7 @@ impl<'t> Build<'t> {
         }
     }
 
-    fn listener(&mut self, id: ListenerId, hosts: &'t Arc<Hosts>) {
+    fn listener(&mut self, id: ListenerId, own: &Own, hosts: &'t Arc<Hosts>) {
         let of = u32::from(id.0);
         let known = self.sets.hosts.iter().find(|(known, _)| Arc::ptr_eq(known, hosts));
         let base = if let Some((_, base)) = known {
@@ -246,7 +247,15 @@ impl<'t> Build<'t> {
                     }
                 }
             }
-            HostEntry::Any(entry) => self.host(term::ANY_HOST, of, b"", hosts, base, entry),
+            HostEntry::Any(entry) => {
+                self.host(term::ANY_HOST, of, b"", hosts, base, entry);
+                // Its own addresses count as any host, unless a policy lists them.
+                for literal in own.literals() {
+                    if key(term::HOST, of, literal).is_some_and(|key| !self.made.terms.contains_key(&key)) {
+                        self.host(term::HOST, of, literal, hosts, base, entry);
+                    }
+                }
+            }
         });
     }
 

@@ -141,6 +141,7 @@ fn the_kernel_decides_what_browsers_send() {
         ("all.example", "/", "https://evil.example", "PATCH", "x-a", outcome::Allowed),
         ("clash.example", "/c", app, "PUT", "x-a", outcome::PassedRoute),
         ("other.example", "/any/1", app, "PUT", "x-a", outcome::Allowed),
+        ("192.0.2.1", "/any/1", app, "PUT", "x-a", outcome::Allowed),
     ] {
         let bytes = chrome(host, path, origin, method, headers);
         check(&table, &kernel, bytes.as_bytes());
@@ -157,7 +158,7 @@ fn the_kernel_decides_what_browsers_send() {
         ("envoy.example", "/", "https://x.end.example", "PUT", "x-a", ask::Origin),
         ("unusual.example", "/", app, "PURGE", "x-a", ask::Method),
         ("api.example", "/", app, "PUT", "content-type, x-a", ask::Names),
-        ("192.0.2.1", "/any", app, "PUT", "x-a", ask::Host),
+        ("192.0.2.2", "/any", app, "PUT", "x-a", ask::Host),
     ] {
         let bytes = chrome(host, path, origin, method, headers);
         assert_eq!(
