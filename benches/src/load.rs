@@ -29,6 +29,12 @@ pub enum Pace {
         /// The client closes once it has the answer; else it waits for the server to close.
         client_closes: bool,
     },
+    /// Each connection sends so many requests, the next one once it has the answer; then the client closes without having
+    /// announced it, as browsers do. Where a server wants to close before, it may.
+    Visit {
+        /// At least 1.
+        requests: u32,
+    },
     /// So many requests a second at even intervals on connections that stay open, answered in time or not; latency counts
     /// from when a request was due.
     Rate(u32),
@@ -60,6 +66,10 @@ pub struct Served {
     pub requests: u64,
     /// Within this time.
     pub elapsed: Duration,
+    /// Requests answered, also before any counted.
+    pub all: u64,
+    /// How long the longest waiting one of those had been waiting that were not answered at the end.
+    pub oldest: Duration,
     /// Median latency in nanoseconds.
     pub p50: u32,
     /// 99th percentile of the latency in nanoseconds.
@@ -105,6 +115,7 @@ impl fmt::Display for Pace {
         match self {
             Self::KeepAlive => f.write_str("keep-alive"),
             Self::NewConnection { .. } => f.write_str("a connection per request"),
+            Self::Visit { requests } => write!(f, "a connection for {requests} requests"),
             Self::Rate(rate) => write!(f, "{rate} requests/s on keep-alive"),
         }
     }
@@ -117,6 +128,8 @@ struct Connection {
     watched: Option<epoll::EventFlags>,
     /// Which request it sends.
     request: usize,
+    /// How many it has sent.
+    asked: u32,
     /// When that was due.
     since: Instant,
     response: Vec<u8>,
@@ -141,6 +154,7 @@ struct Generator<'a> {
     next_request: usize,
     next_source: usize,
     counting: bool,
+    all: u64,
     latencies: Vec<u32>,
     last_progress: Instant,
 }
@@ -155,6 +169,7 @@ impl<'a> Generator<'a> {
             next_request: 0,
             next_source: 0,
             counting: false,
+            all: 0,
             latencies: Vec::with_capacity(1 << 18),
             last_progress: Instant::now(),
         };
@@ -165,6 +180,7 @@ impl<'a> Generator<'a> {
                 state: State::Idle,
                 watched: None,
                 request: 0,
+                asked: 0,
                 since: Instant::now(),
                 response: Vec::with_capacity(2048),
             };
@@ -273,12 +289,14 @@ impl<'a> Generator<'a> {
             return unexpected(connection, "not the answer to this request");
         }
         self.last_progress = Instant::now();
+        self.all += 1;
         if self.counting {
             let latency = (self.last_progress - connection.since).as_nanos();
             self.latencies.push(u32::try_from(latency).unwrap_or(u32::MAX));
         }
         let closes = match self.load.pace {
             Pace::NewConnection { client_closes } => !client_closes,
+            Pace::Visit { requests } if connection.asked >= requests => false,
             _ => says_close(&connection.response),
         };
         connection.response.clear();
@@ -286,7 +304,8 @@ impl<'a> Generator<'a> {
         match self.load.pace {
             _ if closes => connection.state = State::Closing,
             Pace::NewConnection { .. } => self.reconnect(index)?,
-            Pace::KeepAlive => self.start(index, self.last_progress)?,
+            Pace::Visit { requests } if connection.asked >= requests => self.reconnect(index)?,
+            Pace::KeepAlive | Pace::Visit { .. } => self.start(index, self.last_progress)?,
             Pace::Rate(_) => self.idle.push_back(index),
         }
         Ok(())
@@ -317,6 +336,7 @@ impl<'a> Generator<'a> {
         self.connections[index].socket = self.connect()?;
         self.connections[index].state = State::Idle;
         self.connections[index].watched = None;
+        self.connections[index].asked = 0;
         if matches!(self.load.pace, Pace::Rate(_)) { self.watch(index) } else { self.start(index, since) }
     }
 
@@ -346,6 +366,7 @@ impl<'a> Generator<'a> {
     fn start(&mut self, index: usize, since: Instant) -> io::Result<()> {
         let connection = &mut self.connections[index];
         connection.request = self.next_request;
+        connection.asked += 1;
         connection.since = since;
         self.next_request = (self.next_request + 1) % self.load.requests.len();
         self.send(index)?;
@@ -377,9 +398,13 @@ impl<'a> Generator<'a> {
             Pace::Rate(rate) => requests as f64 >= 0.97 * f64::from(rate) * elapsed.as_secs_f64(),
             _ => true,
         };
+        let waits = |one: &&Connection| matches!(one.state, State::Connecting | State::Waiting);
+        let oldest = self.connections.iter().filter(waits).map(|one| one.since.elapsed()).max();
         Served {
             requests,
             elapsed,
+            all: self.all,
+            oldest: oldest.unwrap_or_default(),
             p50: percentile(&self.latencies, 50),
             p99: percentile(&self.latencies, 99),
             kept_up,

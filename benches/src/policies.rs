@@ -6,7 +6,7 @@ use preflightd::policy::{
     HostPattern, ListenerId, ListenerSpec, PathMatch, PolicySpec, Preflight, RouteLabels, SourceRef, Table,
     dialect::{Rules, native},
 };
-use std::{fmt::Write as _, sync::Arc};
+use std::sync::Arc;
 
 /// Hosts × routes × origins per route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,17 +55,20 @@ pub fn native(size: Size) -> String {
         for route in 0..size.routes {
             let origins: Vec<_> =
                 (0..size.origins).map(|number| origin(host_number, route, number)).collect();
-            let _ = write!(
-                text,
-                "\n[[policy]]\nname = \"h{host_number}-r{route}\"\nhosts = [\"{}\"]\npaths = [{{ prefix = \"{}\" }}]\n\
-                 origins = {origins:?}\nmethods = {METHODS:?}\nheaders = {HEADERS:?}\ncredentials = true\n\
-                 max_age = {MAX_AGE}\n",
-                host(host_number),
-                prefix(route),
-            );
+            text += &native_policy(host_number, route, &prefix(route), &origins);
         }
     }
     text
+}
+
+/// A policy for one path prefix of a host.
+pub(crate) fn native_policy(host_number: usize, route: usize, prefix: &str, origins: &[String]) -> String {
+    format!(
+        "\n[[policy]]\nname = \"h{host_number}-r{route}\"\nhosts = [\"{}\"]\npaths = [{{ prefix = \"{prefix}\" }}]\n\
+         origins = {origins:?}\nmethods = {METHODS:?}\nheaders = {HEADERS:?}\ncredentials = true\n\
+         max_age = {MAX_AGE}\n",
+        host(host_number),
+    )
 }
 
 /// The listener that every policy serves.

@@ -1,7 +1,7 @@
 //! Interleaved rounds: every combination once a round in shuffled order, disturbed slices measured again.
 #![forbid(unsafe_code)]
 
-use crate::stats::Estimate;
+use crate::{random::Random, stats::Estimate};
 use std::{collections::HashMap, hash::Hash, io, time::Duration};
 
 /// A slice counts if other work took less than this share of one CPU meanwhile.
@@ -55,7 +55,7 @@ impl<K: Copy + Eq + Hash, T: Copy> Rounds<K, T> {
     ) -> io::Result<Self> {
         let mut all = Self { values: Vec::with_capacity(count), slices: 0, discarded: 0 };
         let mut order = keys.to_vec();
-        let mut random = Random(0x9E37_79B9_7F4A_7C15);
+        let mut random = Random::new(0);
         for round in 0..count {
             progress(round);
             random.shuffle(&mut order);
@@ -86,20 +86,6 @@ impl<K: Copy + Eq + Hash, T: Copy> Rounds<K, T> {
         Estimate::of(
             self.values.iter().filter_map(|round| Some(value(round.get(&of)?) / value(round.get(&to)?))),
         )
-    }
-}
-
-/// xorshift64: an order to shuffle by needs no more.
-struct Random(u64);
-
-impl Random {
-    fn shuffle<T>(&mut self, items: &mut [T]) {
-        for last in (1..items.len()).rev() {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            items.swap(last, (self.0 % (last as u64 + 1)) as usize);
-        }
     }
 }
 

@@ -7,6 +7,39 @@ use memchr::memmem;
 /// Length of every keep-alive request in bytes.
 pub const REQUEST_LEN: usize = 537;
 
+/// What differs between two preflights of Chrome's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chrome<'a> {
+    pub(crate) host: &'a str,
+    /// Path and query.
+    pub(crate) target: &'a str,
+    pub(crate) origin: &'a str,
+    /// Of the request that is to follow.
+    pub(crate) method: &'a str,
+    /// Of the same, as Chrome lists them; empty: it says nothing of them.
+    pub(crate) headers: &'a str,
+    /// In the `User-Agent`, as is the next.
+    pub(crate) platform: &'a str,
+    pub(crate) version: &'a str,
+    pub(crate) languages: &'a str,
+}
+
+impl Chrome<'_> {
+    /// The whole request.
+    pub(crate) fn head(&self, connection: &str) -> String {
+        let Self { host, target, origin, method, headers, platform, version, languages } = self;
+        let (name, end) =
+            if headers.is_empty() { ("", "") } else { ("Access-Control-Request-Headers: ", "\r\n") };
+        format!(
+            "OPTIONS {target} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\nAccept: */*\r\n\
+             Access-Control-Request-Method: {method}\r\n{name}{headers}{end}Origin: {origin}\r\n\
+             User-Agent: Mozilla/5.0 ({platform}) AppleWebKit/537.36 (KHTML, like Gecko) {version} Safari/537.36\r\n\
+             Sec-Fetch-Mode: cors\r\nSec-Fetch-Site: same-site\r\nSec-Fetch-Dest: empty\r\nReferer: {origin}/\r\n\
+             Accept-Encoding: gzip, deflate\r\nAccept-Language: {languages}\r\n\r\n"
+        )
+    }
+}
+
 /// One request, ready to send, and what its answer must hold.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -33,14 +66,17 @@ impl Request {
     /// Host, path and origin are too long for that.
     pub fn new(host: &str, path: &str, origin: &str) -> Self {
         let head = |query: &str, connection: &str| {
-            format!(
-                "OPTIONS {path}{query} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\nAccept: */*\r\n\
-                 Access-Control-Request-Method: PUT\r\nAccess-Control-Request-Headers: authorization,content-type\r\n\
-                 Origin: {origin}\r\nUser-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) \
-                 Chrome/142.0.0.0 Safari/537.36\r\nSec-Fetch-Mode: cors\r\nSec-Fetch-Site: same-site\r\n\
-                 Sec-Fetch-Dest: empty\r\nReferer: {origin}/\r\nAccept-Encoding: gzip, deflate\r\n\
-                 Accept-Language: en-US,en;q=0.9\r\n\r\n"
-            )
+            let preflight = Chrome {
+                host,
+                target: &format!("{path}{query}"),
+                origin,
+                method: "PUT",
+                headers: "authorization,content-type",
+                platform: "X11; Linux x86_64",
+                version: "Chrome/142.0.0.0",
+                languages: "en-US,en;q=0.9",
+            };
+            preflight.head(connection)
         };
         let spare =
             REQUEST_LEN.checked_sub(head("?q=", "keep-alive").len()).expect("the request is too long");
