@@ -6,7 +6,7 @@
 use crate::{
     bulk::{self, Direction},
     cpu::Cpus,
-    load,
+    load, mix,
     peers::{self, Server},
     policies::{self, Size},
     storm,
@@ -21,7 +21,7 @@ use std::{
     net::{Ipv4Addr, SocketAddrV4},
     path::{Path, PathBuf},
     process::{self, Command},
-    thread,
+    slice, thread,
     time::{Duration, Instant},
 };
 
@@ -60,6 +60,69 @@ pub enum Proxy {
     Ingress,
 }
 
+/// What a node's nginx and preflightd are configured with.
+#[derive(Clone, Debug)]
+pub struct Serving {
+    nginx: String,
+    /// Whether this nginx has files to download and a place to upload to.
+    files: bool,
+    /// preflightd's policies.
+    policies: String,
+    /// Lines of preflightd's `[steer]`.
+    steer: &'static str,
+    /// A preflight that is allowed.
+    sample: Request,
+}
+
+impl Serving {
+    /// One host with five origins, of which nginx says the same as preflightd.
+    pub fn small(proxy: Proxy) -> Self {
+        let nginx = match proxy {
+            Proxy::ByHand => {
+                let entry = |origin| format!("        \"{origin}\" $http_origin;");
+                peers::fill(include_str!("../peers/nginx-node.conf"), LISTEN, entry, "\n")
+                    .replace("@BODY@", &body())
+            }
+            Proxy::Ingress => node_ingress(&peers::ingress(LISTEN)),
+        };
+        Self {
+            nginx,
+            files: proxy == Proxy::ByHand,
+            policies: policies::native(Size::SMALL),
+            steer: "",
+            sample: policies::requests(Size::SMALL, 1).remove(0),
+        }
+    }
+
+    /// The policies of the [`mix`]. nginx is there for what preflightd leaves to it: it answers every preflight of the mix
+    /// rightly, but does not tell the origins of one policy from another's.
+    pub fn mixed() -> Self {
+        let origins = "(https://o[0-9]+\\-r[0-9]+\\.shop\\-[0-9]+\\.example)|(https://[a-z0-9\\-]+\\.preview\\.example\\.com)";
+        let config = peers::ingress_for(LISTEN, "~^api\\.shop\\-[0-9]+\\.example$", "~ ^", origins);
+        Self {
+            nginx: node_ingress(&config),
+            files: false,
+            policies: mix::native(),
+            steer: "",
+            sample: mix::sample(),
+        }
+    }
+
+    /// The same, but nginx writes no access log.
+    #[must_use]
+    pub fn without_access_log(self) -> Self {
+        Self { nginx: self.nginx.replace("access_log access.log", "access_log off"), ..self }
+    }
+
+    /// The same, but preflightd leaves every preflight to its workers.
+    #[must_use]
+    pub fn without_kernel_answers(self) -> Self {
+        Self { steer: "kernel_answers = false", ..self }
+    }
+}
+
+/// Where the nodes' proxies listen.
+const LISTEN: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 80);
 /// The body of nginx's answer to a GET.
 pub const BODY: &str = "hello\n";
 /// The interface of each node that its clients come in by.
@@ -116,8 +179,7 @@ impl Lab {
         Ok(lab)
     }
 
-    /// A namespace for clients. What comes to them is processed on the clients' CPU, but not in a storm: to interrupt one
-    /// virtual CPU from another costs as much as the packet.
+    /// A namespace for clients. What comes to them is processed on the clients' CPU.
     pub fn clients(&self) -> Netns {
         Netns::new("clients")
     }
@@ -127,17 +189,30 @@ impl Lab {
     /// # Errors
     /// Something cannot be started, or does not do what it should; its own words are in the message.
     pub fn node(&self, variant: Variant, number: u8, clients: &Netns, bytes: usize) -> io::Result<Node> {
+        self.serve(&Serving::small(self.proxy), variant, number, clients, bytes)
+    }
+
+    /// The same with servers of another configuration.
+    ///
+    /// # Errors
+    /// As [`Lab::node`].
+    pub fn serve(
+        &self,
+        serving: &Serving,
+        variant: Variant,
+        number: u8,
+        clients: &Netns,
+        bytes: usize,
+    ) -> io::Result<Node> {
         let netns = Netns::new("node");
-        let address = SocketAddrV4::new(Ipv4Addr::new(10, 1, number, 1), 80);
+        let address = SocketAddrV4::new(Ipv4Addr::new(10, 1, number, 1), LISTEN.port());
         let sources: Vec<_> = (0..CLIENTS).map(|host| Ipv4Addr::new(10, 1, number, 100 + host)).collect();
         let of_clients: Vec<_> = sources.iter().map(|source| format!("{source}/24")).collect();
         let of_clients: Vec<_> = of_clients.iter().map(String::as_str).collect();
         let to_node = format!("node{number}");
         netns.link(INTERFACE, &[&format!("{}/24", address.ip())], clients, &to_node, &of_clients);
-        deliver_on(&netns, INTERFACE, self.cpus.server)?;
-        if self.proxy == Proxy::ByHand {
-            deliver_on(clients, &to_node, self.cpus.client)?;
-        }
+        deliver_on(&netns, INTERFACE, Some(self.cpus.server))?;
+        deliver_on(clients, &to_node, Some(self.cpus.client))?;
         let stormy = Ipv4Addr::new(10, 3, number, 0);
         for (netns, interface, address) in [
             (&netns, INTERFACE, hardware_address(number, 1)),
@@ -154,19 +229,28 @@ impl Lab {
         netns.ip(&format!("route add {stormy}/24 via {}", sources[0]));
 
         let directory = self.directory.join(format!("node{number}"));
-        let nginx = start_nginx(&netns, &directory, self, address, clients, bytes)?;
-        let mut node =
-            Node { nginx, daemon: None, empty: None, address, sources, stormy, far_end: to_node, netns };
+        let nginx = start_nginx(&netns, &directory, self, (serving, bytes), address, clients)?;
+        let access_log = directory.join("access.log");
+        let mut node = Node {
+            nginx,
+            daemon: None,
+            empty: None,
+            address,
+            sources,
+            stormy,
+            far_end: to_node,
+            access_log,
+            netns,
+        };
         match variant {
             Variant::None => {}
             Variant::Empty => {
                 let netns = steer::netns::Netns::open(&node.path()).map_err(io::Error::other)?;
                 node.empty = Some(EmptyProgram::attach(&netns, INTERFACE).map_err(io::Error::other)?);
             }
-            Variant::Steer => node.daemon = Some(Daemon::start(&node.path(), &directory, self)?),
+            Variant::Steer => node.daemon = Some(Daemon::start(&node.path(), &directory, self, serving)?),
         }
-        let preflights = policies::requests(Size::SMALL, 1);
-        clients.enter(|| load::probe(address, &preflights))?;
+        clients.enter(|| load::probe(address, slice::from_ref(&serving.sample)))?;
         Ok(node)
     }
 }
@@ -202,6 +286,7 @@ pub struct Node {
     stormy: Ipv4Addr,
     /// The clients' interface to it.
     far_end: String,
+    access_log: PathBuf,
     // In the order in which they go.
     daemon: Option<Daemon>,
     empty: Option<EmptyProgram>,
@@ -211,11 +296,13 @@ pub struct Node {
 }
 
 impl Node {
-    /// Clients that can blow a storm.
+    /// Clients that can blow a storm. What comes to the clients from this node is processed on the node's CPU from now on: to
+    /// interrupt one virtual CPU from another costs as much as the packet.
     ///
     /// # Errors
     /// The kernel takes no packets from us.
     pub fn storm_clients(&self, clients: &Netns) -> io::Result<storm::Clients> {
+        deliver_on(clients, &self.far_end, None)?;
         let number = self.address.ip().octets()[2];
         let addresses = (hardware_address(number, 2), hardware_address(number, 1));
         storm::Clients::new((clients, &self.far_end), addresses, self.stormy, self.address)
@@ -245,6 +332,15 @@ impl Node {
         // The maps are read several times a second.
         thread::sleep(Duration::from_secs(1));
         daemon.metrics()
+    }
+
+    /// Empties nginx's access log, which is in memory.
+    ///
+    /// # Errors
+    /// It cannot be written to.
+    pub fn empty_access_log(&self) -> io::Result<()> {
+        // nginx appends.
+        fs::File::create(&self.access_log).map(drop)
     }
 
     /// What the kernel tells of the program on [`INTERFACE`]; `None`: there is none.
@@ -278,8 +374,8 @@ impl Node {
         // tells only where packets are forwarded.
         self.netns.enter(|| fs::write("/proc/sys/net/ipv4/ip_forward", "1"))?;
         world.ip(&format!("route add {}/32 via 10.2.{number}.1", self.address.ip()));
-        deliver_on(&self.netns, INTERFACE, cpus.server)?;
-        deliver_on(world, &to_node, cpus.client)?;
+        deliver_on(&self.netns, INTERFACE, Some(cpus.server))?;
+        deliver_on(world, &to_node, Some(cpus.client))?;
         let Some(daemon) = &self.daemon else { return Ok(()) };
         let deadline = Instant::now() + Duration::from_secs(10);
         while daemon.metrics()?.sum("preflightd_steer_interface", &[("interface", INTERFACE)]) < 1.0 {
@@ -304,16 +400,17 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(netns: &str, directory: &Path, lab: &Lab) -> io::Result<Self> {
+    fn start(netns: &str, directory: &Path, lab: &Lab, serving: &Serving) -> io::Result<Self> {
         let admin = peers::free_address()?;
         let config = include_str!("../peers/preflightd-steer.toml")
             .replace("@NETNS@", netns)
             .replace("@PIN_DIR@", &lab.pin_dir.to_string_lossy())
+            .replace("@STEER@", serving.steer)
             .replace("@ADMIN@", &admin.to_string());
         // A directory of its own: it is watched.
         let directory = directory.join("preflightd");
         fs::create_dir_all(&directory)?;
-        let file = peers::write(&directory, "preflightd.toml", &(config + &policies::native(Size::SMALL)))?;
+        let file = peers::write(&directory, "preflightd.toml", &(config + &serving.policies))?;
         let mut command = Command::new(peers::bin_dir()?.join("preflightd"));
         command.args(["run", "--config"]).arg(file);
         let server = Server::spawn(command, admin, &directory, lab.cpus)?;
@@ -340,28 +437,15 @@ fn start_nginx(
     netns: &Netns,
     directory: &Path,
     lab: &Lab,
+    (serving, bytes): (&Serving, usize),
     address: SocketAddrV4,
     clients: &Netns,
-    bytes: usize,
 ) -> io::Result<Server> {
     let files = directory.join("files");
     fs::create_dir_all(&files)?;
     fs::File::create(files.join(bytes.to_string()))?.set_len(bytes as u64)?;
-    let anywhere = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, address.port());
-    let body = BODY.replace('\n', "\\n");
-    let config = match lab.proxy {
-        Proxy::ByHand => {
-            let entry = |origin| format!("        \"{origin}\" $http_origin;");
-            peers::fill(include_str!("../peers/nginx-node.conf"), anywhere, entry, "\n")
-                .replace("@BODY@", &body)
-        }
-        // Of which the measurement of answers alone needs neither.
-        Proxy::Ingress => peers::ingress(anywhere)
-            .replace("access_log off", "access_log access.log")
-            .replace("return 503", &format!("return 200 \"{body}\"")),
-    };
     // Its own user could not read the files.
-    let config = format!("user root;\n{config}");
+    let config = format!("user root;\n{}", serving.nginx);
     let nginx = peers::nginx(directory, &config)?;
     let mut command = netns.command(nginx.get_program());
     command.args(nginx.get_args());
@@ -370,7 +454,7 @@ fn start_nginx(
     server.wait(directory, || {
         clients.enter(|| {
             load::probe(address, &get)?;
-            if lab.proxy == Proxy::ByHand {
+            if serving.files {
                 bulk::transfer(address, Direction::Down, bytes)?;
                 bulk::transfer(address, Direction::Up, bytes)?;
             }
@@ -380,17 +464,30 @@ fn start_nginx(
     Ok(server)
 }
 
+/// ingress-nginx's configuration with its access log and a body for GETs, of which the measurement of answers alone needs neither.
+fn node_ingress(config: &str) -> String {
+    config
+        .replace("access_log off", "access_log access.log")
+        .replace("return 503", &format!("return 200 \"{}\"", body()))
+}
+
+/// [`BODY`] as nginx's configuration has it.
+fn body() -> String {
+    BODY.replace('\n', "\\n")
+}
+
 /// Of an interface in network `number`, locally administered.
 fn hardware_address(number: u8, host: u8) -> [u8; 6] {
     [2, 0, 0, 1, number, host]
 }
 
 /// Has the kernel process what comes in by an interface on one CPU, as a network card would that interrupts it (receive
-/// packet steering, kernel: Documentation/networking/scaling.rst); else it is the sender's.
-fn deliver_on(netns: &Netns, interface: &str, cpu: usize) -> io::Result<()> {
+/// packet steering, kernel: Documentation/networking/scaling.rst); `None`: on the sender's.
+fn deliver_on(netns: &Netns, interface: &str, cpu: Option<usize>) -> io::Result<()> {
     let file = format!("/sys/class/net/{interface}/queues/rx-0/rps_cpus");
     // Words of 32 CPUs, the highest first.
-    let mask = format!("{:x}{}", 1_u32 << (cpu % 32), ",00000000".repeat(cpu / 32));
+    let mask = cpu.map(|cpu| format!("{:x}{}", 1_u32 << (cpu % 32), ",00000000".repeat(cpu / 32)));
+    let mask = mask.unwrap_or_else(|| "0".into());
     // Unlike `Netns::command`, this sees the namespace's own /sys.
     run(Command::new("ip").args([
         "netns",

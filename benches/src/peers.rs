@@ -310,13 +310,18 @@ pub(crate) fn fill(
 ) -> String {
     let origins: Vec<_> =
         (0..Size::SMALL.origins).map(|number| origin(policies::origin(0, 0, number))).collect();
+    fill_for(template, address, &policies::host(0), &policies::prefix(0), &origins.join(between))
+}
+
+/// The same for others than the shared host, path prefix and origins.
+fn fill_for(template: &str, address: SocketAddrV4, host: &str, prefix: &str, origins: &str) -> String {
     [
         ("@ADDRESS@", address.to_string()),
         ("@IP@", address.ip().to_string()),
         ("@PORT@", address.port().to_string()),
-        ("@HOST@", policies::host(0)),
-        ("@PREFIX@", policies::prefix(0)),
-        ("@ORIGINS@", origins.join(between)),
+        ("@HOST@", host.to_owned()),
+        ("@PREFIX@", prefix.to_owned()),
+        ("@ORIGINS@", origins.to_owned()),
         ("@METHODS@", METHODS.join(", ")),
         ("@HEADERS@", HEADERS.join(", ")),
         ("@MAX_AGE@", MAX_AGE.to_string()),
@@ -334,8 +339,16 @@ pub(crate) fn nginx(dir: &Path, config: &str) -> io::Result<Command> {
 /// The configuration that ingress-nginx writes, for a server at `address`.
 pub(crate) fn ingress(address: SocketAddrV4) -> String {
     let alternative = |origin: String| format!("({})", origin.replace('.', "\\.").replace('-', "\\-"));
-    let config = include_str!("../peers/nginx-ingress.conf").replace("@MODULES@", nginx_modules());
-    fill(&config, address, alternative, "|")
+    fill(&ingress_template(), address, alternative, "|")
+}
+
+/// The same for other hosts, path prefixes and origins; the latter is a regular expression.
+pub(crate) fn ingress_for(address: SocketAddrV4, host: &str, prefix: &str, origins: &str) -> String {
+    fill_for(&ingress_template(), address, host, prefix, origins)
+}
+
+fn ingress_template() -> String {
+    include_str!("../peers/nginx-ingress.conf").replace("@MODULES@", nginx_modules())
 }
 
 /// Debian's and Fedora's places for dynamic modules.

@@ -26,6 +26,8 @@ pub(crate) enum Name {
     Steer,
     /// GETs beside a storm of preflights, steered and not; needs root
     Storm,
+    /// What a preflight costs that is answered in the kernel, beside nginx, and how many of a realistic mix are; needs root
+    KernelAnswer,
     /// Instruction counts, against the limits in benches/instructions.toml
     Instructions,
 }
@@ -57,12 +59,13 @@ pub(crate) fn measure(name: Name, rest: &[String]) -> Result<()> {
         Name::Relay => "bench-relay",
         Name::Steer => "bench-steer",
         Name::Storm => "bench-storm",
+        Name::KernelAnswer => "bench-kernel-answer",
         Name::Instructions => "bench-instructions",
     };
     let mut bench = sh::cargo();
     bench.arg("run").args(RELEASE).args(["--package=preflightd-benches", "--bin", binary, "--"]).args(rest);
     let mut commands = vec![];
-    if matches!(name, Name::Answer | Name::Relay | Name::Steer | Name::Storm) {
+    if matches!(name, Name::Answer | Name::Relay | Name::Steer | Name::Storm | Name::KernelAnswer) {
         // What they start: preflightd, the floor.
         let mut build = sh::cargo();
         build.arg("build").args(RELEASE).args([
