@@ -305,7 +305,7 @@ fn wait_for(node: &Node, clients: &Netns, tier: &str, request: &Request) -> io::
 
 /// What preflightd has allowed in this tier.
 fn answered(node: &Node, tier: &str) -> io::Result<u64> {
-    let labels = [("outcome", "answered"), ("tier", tier)];
+    let labels = [("outcome", "allowed"), ("tier", tier)];
     Ok(node.metrics()?.count("preflightd_requests_total", &labels))
 }
 
@@ -509,7 +509,7 @@ fn answered_mix(
         .enter(|| share::visit(node.address, &node.sources, visits, arguments.per_connection.max(1)))?;
     let after = node.metrics()?;
     let counted = |name, labels: &[_]| after.count(name, labels) - before.count(name, labels);
-    let answered = |tier| counted("preflightd_requests_total", &[("outcome", "answered"), ("tier", tier)]);
+    let answered = |tier| counted("preflightd_requests_total", &[("outcome", "allowed"), ("tier", tier)]);
     let (kernel, worker) = (answered("kernel"), answered("worker"));
     let again = counted("preflightd_steer_events_total", &[("event", "kernel_answer_again")]);
     if visited.asked == 0 || visited.wrong + visited.failed > 0 {
