@@ -453,9 +453,9 @@ pub struct Template {
 }
 
 /// Bytes that fit before the date of an answer, between date and origin, and behind the origin.
-pub const MAX_FRONT: usize = 64;
+pub const MAX_FRONT: usize = 40;
 /// The same.
-pub const MAX_MIDDLE: usize = 96;
+pub const MAX_MIDDLE: usize = 56;
 /// The same.
 pub const MAX_TAIL: usize = 1024;
 
@@ -771,7 +771,7 @@ const _: () = assert!(size_of::<Answered>() == 48);
 const _: () = assert!(size_of::<Term>() == 80);
 const _: () = assert!(size_of::<Value>() == 32 && size_of::<Rule>() == 32 && size_of::<Routes>() == 24);
 const _: () = assert!(size_of::<Template>() == 8);
-const _: () = assert!(size_of::<Pieces>() == 1216);
+const _: () = assert!(size_of::<Pieces>() == 1152);
 const _: () = assert!(size_of::<Date>() == 40);
 
 #[cfg(feature = "user")]

@@ -36,26 +36,25 @@ pub mod wants {
 /// So many steps suffice: hosts and origins have 32 dots at most, paths 63 prefixes, and requested headers fill a segment.
 pub const MAX_STEPS: u32 = 1024;
 
-/// What is looked up at present.
+/// What is looked through or looked up at present.
 mod phase {
     pub(super) const HOST_TEXT: u32 = 0;
-    pub(super) const PORT: u32 = 1;
-    pub(super) const HOST: u32 = 2;
-    pub(super) const HOST_BELOW: u32 = 3;
-    pub(super) const ANY_HOST: u32 = 4;
-    pub(super) const PATH: u32 = 5;
-    pub(super) const PATH_BELOW: u32 = 6;
-    pub(super) const ORIGIN_TEXT: u32 = 7;
-    pub(super) const ORIGIN: u32 = 8;
-    pub(super) const ORIGIN_BELOW: u32 = 9;
-    pub(super) const ANY_ORIGIN_HOST: u32 = 10;
-    pub(super) const METHOD: u32 = 11;
-    pub(super) const NAME_TEXT: u32 = 12;
-    pub(super) const NAME: u32 = 13;
-    pub(super) const ORIGIN_HOST: u32 = 14;
-    pub(super) const PORT_TEXT: u32 = 15;
-    pub(super) const ORIGIN_UNKNOWN: u32 = 16;
-    pub(super) const METHOD_TEXT: u32 = 17;
+    pub(super) const PORT_TEXT: u32 = 1;
+    pub(super) const PORT: u32 = 2;
+    pub(super) const HOST: u32 = 3;
+    pub(super) const HOST_BELOW: u32 = 4;
+    pub(super) const ANY_HOST: u32 = 5;
+    pub(super) const PATH: u32 = 6;
+    pub(super) const PATH_BELOW: u32 = 7;
+    pub(super) const ORIGIN_TEXT: u32 = 8;
+    pub(super) const ORIGIN: u32 = 9;
+    pub(super) const ORIGIN_HOST: u32 = 10;
+    pub(super) const ORIGIN_BELOW: u32 = 11;
+    pub(super) const ANY_ORIGIN_HOST: u32 = 12;
+    pub(super) const ORIGIN_UNKNOWN: u32 = 13;
+    pub(super) const METHOD: u32 = 14;
+    pub(super) const NAME_TEXT: u32 = 15;
+    pub(super) const NAME: u32 = 16;
 }
 
 /// A decision under way.
@@ -78,6 +77,8 @@ pub struct Decide {
     phase: u32,
     /// The host without its port, then the origin's host, then the rest of the requested headers.
     rest: Span,
+    /// Where the text of the key is.
+    text: u32,
     /// So many bytes of a text were looked through.
     offset: u32,
     /// 1: the host may be an address.
@@ -126,12 +127,10 @@ pub fn method_bit(method: u64, length: u32) -> u32 {
 }
 
 impl Term {
-    /// With `length` bytes of text from `at` on, at most [`MAX_TEXT`].
+    /// Takes its text from `at` on.
     #[inline(always)]
-    fn set(&mut self, kind: u16, of: u32, bytes: &Buffer, at: u32, length: u32) {
-        self.kind = kind;
-        self.length = length as u16;
-        self.of = of;
+    fn fill(&mut self, bytes: &Buffer, at: u32) {
+        let length = u32::from(self.length);
         let mut before = 0;
         while before < MAX_TEXT {
             self.text[(before / 8) as usize] = word(bytes, at + before) & inside(length, before);
@@ -170,42 +169,47 @@ impl Decide {
         wants::STEP
     }
 
+    /// Wants a term with so much text from `at` on.
+    #[inline(always)]
+    fn look_up(&mut self, kind: u16, of: u32, at: u32, length: u32) -> u32 {
+        self.key.kind = kind;
+        self.key.of = of;
+        self.key.length = length as u16;
+        self.text = at;
+        wants::LOOK_UP
+    }
+
     /// What must be done next, of [`wants`]. A key that is wanted is in [`Decide::key`], and what is found goes to
     /// [`Decide::take`].
     #[inline(always)]
     pub fn prepare(&mut self, bytes: &Buffer, head: &Head) -> u32 {
+        let wanted = self.next(bytes, head);
+        if wanted == wants::LOOK_UP {
+            self.key.fill(bytes, self.text);
+        }
+        wanted
+    }
+
+    #[inline(always)]
+    fn next(&mut self, bytes: &Buffer, head: &Head) -> u32 {
         let (at, end) = (self.rest.at, self.rest.end);
         match self.phase {
             phase::HOST_TEXT => self.host_text(bytes),
             phase::PORT_TEXT => self.port_text(bytes),
-            phase::PORT => {
-                self.key.set(term::LISTENER, self.listener, bytes, 0, 0);
-                wants::LOOK_UP
-            }
-            phase::HOST => {
-                self.key.set(term::HOST, self.listener, bytes, at, end - at);
-                wants::LOOK_UP
-            }
+            phase::HOST => self.look_up(term::HOST, self.listener, at, end - at),
             phase::HOST_BELOW => {
                 if self.dots == 0 {
-                    return self.go(phase::ANY_HOST);
+                    self.phase = phase::ANY_HOST;
+                    return self.look_up(term::ANY_HOST, self.listener, 0, 0);
                 }
                 let dot = lowest_bit(self.dots);
                 // `position`: a dot was tried already.
                 let kind = if self.position == 0 { term::HOST_BELOW } else { term::HOST_FAR_BELOW };
                 self.position = 1;
                 self.dots &= self.dots - 1;
-                self.key.set(kind, self.listener, bytes, at + dot, end - at - dot);
-                wants::LOOK_UP
+                self.look_up(kind, self.listener, at + dot, end - at - dot)
             }
-            phase::ANY_HOST => {
-                self.key.set(term::ANY_HOST, self.listener, bytes, 0, 0);
-                wants::LOOK_UP
-            }
-            phase::PATH => {
-                self.key.set(term::PATH, self.paths, bytes, TARGET, head.path_end - TARGET);
-                wants::LOOK_UP
-            }
+            phase::PATH => self.look_up(term::PATH, self.paths, TARGET, head.path_end - TARGET),
             phase::PATH_BELOW => {
                 if self.prefixes == 0 {
                     self.verdict = verdict::PROXY;
@@ -215,47 +219,29 @@ impl Decide {
                 }
                 let length = highest_bit(self.prefixes);
                 self.prefixes ^= 1 << length;
-                self.key.set(term::PATH_BELOW, self.paths, bytes, TARGET, length);
-                wants::LOOK_UP
+                self.look_up(term::PATH_BELOW, self.paths, TARGET, length)
             }
             phase::ORIGIN_TEXT => self.origin_text(bytes, head),
-            phase::ORIGIN => {
-                let origin = head.origin;
-                self.key.set(term::ORIGIN, self.rule.origins, bytes, origin.at, origin.end - origin.at);
-                wants::LOOK_UP
-            }
+            phase::ORIGIN_HOST => self.origin_host(bytes),
             phase::ORIGIN_BELOW => {
+                let kind = Self::below(bytes, head);
                 if self.dots == 0 {
-                    return self.go(phase::ANY_ORIGIN_HOST);
+                    self.phase = phase::ANY_ORIGIN_HOST;
+                    return self.look_up(kind, self.rule.origins, 0, 0);
                 }
                 let dot = lowest_bit(self.dots);
                 self.dots &= self.dots - 1;
                 if self.rule.flags & rule_flags::ONE_LABEL != 0 {
                     self.dots = 0;
                 }
-                let kind = Self::below(bytes, head);
-                self.key.set(kind, self.rule.origins, bytes, at + dot, end - at - dot);
-                wants::LOOK_UP
+                self.look_up(kind, self.rule.origins, at + dot, end - at - dot)
             }
-            phase::ANY_ORIGIN_HOST => {
-                let kind = Self::below(bytes, head);
-                self.key.set(kind, self.rule.origins, bytes, 0, 0);
-                wants::LOOK_UP
-            }
-            phase::ORIGIN_HOST => self.origin_host(bytes),
             phase::ORIGIN_UNKNOWN => {
                 self.origin_unknown(head);
                 wants::NOTHING
             }
-            phase::METHOD_TEXT => self.method_text(bytes, head),
             phase::METHOD => self.method(head),
-            phase::NAME_TEXT => self.name_text(bytes),
-            _ => {
-                let length = self.offset;
-                self.key.set(term::NAME, self.rule.names, bytes, at, length);
-                self.rest.at = at + length;
-                wants::LOOK_UP
-            }
+            _ => self.name_text(bytes),
         }
     }
 
@@ -296,18 +282,20 @@ impl Decide {
                     if self.rule.flags & rule_flags::DECIDES == 0 {
                         self.ask(ask::Rules);
                     } else {
-                        self.phase = phase::METHOD_TEXT;
+                        self.method_text(bytes, head);
                     }
                 }
                 None => self.phase = phase::PATH_BELOW,
             },
             phase::ORIGIN => match found {
-                Some(_) => self.phase = phase::METHOD,
+                Some(_) => {
+                    self.method(head);
+                }
                 None => self.origin_below(bytes, head),
             },
             phase::ORIGIN_BELOW | phase::ANY_ORIGIN_HOST => {
                 if found.is_some() {
-                    self.phase = phase::METHOD;
+                    self.method(head);
                 } else if self.phase == phase::ANY_ORIGIN_HOST {
                     self.phase = phase::ORIGIN_UNKNOWN;
                 }
@@ -361,7 +349,8 @@ impl Decide {
         self.literal = u32::from(byte(bytes, last).is_ascii_digit());
         self.rest.end = name_end;
         if colons == 0 {
-            return self.go(phase::HOST);
+            self.phase = phase::HOST;
+            return self.look_up(term::HOST, self.listener, at, name_end - at);
         }
         self.offset = name_end + 1;
         self.port = 0;
@@ -382,7 +371,11 @@ impl Decide {
         if self.port > 0xffff {
             return self.ask(ask::Host);
         }
-        if self.offset == end { self.go(phase::PORT) } else { wants::STEP }
+        if self.offset != end {
+            return wants::STEP;
+        }
+        self.phase = phase::PORT;
+        self.look_up(term::LISTENER, self.listener, 0, 0)
     }
 
     /// Takes a word of a host; false: it has a byte that no plain host has, or an empty label.
@@ -437,8 +430,11 @@ impl Decide {
         if at + self.offset < end {
             return wants::STEP;
         }
-        let all = self.rule.flags & rule_flags::ALL_ORIGINS != 0;
-        self.go(if all { phase::METHOD } else { phase::ORIGIN })
+        if self.rule.flags & rule_flags::ALL_ORIGINS != 0 {
+            return self.go(phase::METHOD);
+        }
+        self.phase = phase::ORIGIN;
+        self.look_up(term::ORIGIN, self.rule.origins, at, end - at)
     }
 
     #[inline(always)]
@@ -509,16 +505,16 @@ impl Decide {
 
     /// One of the usual methods, or a worker's: before anything is said of the origin, for one that is no token passes.
     #[inline(always)]
-    fn method_text(&mut self, bytes: &Buffer, head: &Head) -> u32 {
+    fn method_text(&mut self, bytes: &Buffer, head: &Head) {
         let Span { at, end } = head.method;
         let length = end - at;
         let text = if length < 8 { word(bytes, at) & ((1 << (8 * length)) - 1) } else { 0 };
         self.method = method_bit(text, length);
-        if self.method == 0 {
-            return self.ask(ask::Method);
-        }
         self.offset = 0;
-        self.go(phase::ORIGIN_TEXT)
+        self.phase = phase::ORIGIN_TEXT;
+        if self.method == 0 {
+            self.ask(ask::Method);
+        }
     }
 
     #[inline(always)]
@@ -559,8 +555,9 @@ impl Decide {
         if length == 0 || length > MAX_TEXT || (!is_last && !comma) {
             return self.ask(ask::Names);
         }
-        self.offset = length;
-        self.go(phase::NAME)
+        self.phase = phase::NAME;
+        self.rest.at = at + length;
+        self.look_up(term::NAME, self.rule.names, at, length)
     }
 
     #[inline(always)]

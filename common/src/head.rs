@@ -5,8 +5,7 @@
 use crate::{
     abi::ask,
     words::{
-        Buffer, HIGH, LOWER, bits, byte, count, equal, first, front, lowest, name_bytes, path_bytes, strange,
-        word,
+        Buffer, LOWER, bits, byte, count, equal, first, front, lowest, name_end, path_bytes, strange, word,
     },
 };
 
@@ -118,18 +117,19 @@ impl Head {
         self.why == 0
     }
 
-    /// Takes the next word of the target, the next line, or looks through words for one; false: nothing further matters.
+    /// Takes the next word of the target, or looks through words for the end of a line and takes that; false: nothing further
+    /// matters.
     #[inline(always)]
     pub fn step(&mut self, bytes: &Buffer) -> bool {
         if self.target.at < self.target.end {
             self.take_target(bytes);
             return self.why == 0;
         }
-        if self.feeds != 0 {
-            return self.take_line(bytes);
-        }
         let mut words = 0;
-        while words < 4 {
+        while self.feeds == 0 {
+            if words == 4 {
+                return true;
+            }
             let at = self.at;
             if at >= self.len {
                 self.why = ask::Incomplete;
@@ -145,14 +145,11 @@ impl Head {
                     return false;
                 }
                 self.returns += count(returns);
-                if feeds != 0 {
-                    self.feeds = feeds;
-                    return true;
-                }
+                self.feeds = feeds;
             }
             words += 1;
         }
-        true
+        self.take_line(bytes)
     }
 
     /// Eight bytes of the target, or what is left of it: origin-form, with a path that every proxy normalises to itself.
@@ -287,11 +284,9 @@ impl Head {
         let mut at = start;
         let mut words = 0;
         while words < NAME_WORDS {
-            let word = word(bytes, at);
-            let others = HIGH & !name_bytes(word);
-            if others != 0 {
-                let end = others & others.wrapping_neg();
-                if equal(word, b':') & end == 0 || (words == 0 && end == 0x80) {
+            let (end, colon) = name_end(word(bytes, at));
+            if end != 0 {
+                if !colon || (words == 0 && end == 0x80) {
                     self.why = ask::Name;
                 }
                 return;

@@ -104,9 +104,9 @@ pub(crate) fn judge(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> u3
 ///
 /// Called, not copied in: what it needs of the stack others need too.
 #[inline(never)]
-pub(crate) fn measure(template: &Template, second: u32) -> bool {
+pub(crate) fn measure(template: Template, second: u32) -> bool {
     let (Some(scratch), Some(pieces), Some(date)) =
-        (maps::scratch(), maps::template(template), maps::date(second))
+        (maps::scratch(), maps::template(&template), maps::date(second))
     else {
         return false;
     };
@@ -138,8 +138,7 @@ pub(crate) fn measure(template: &Template, second: u32) -> bool {
     }
     sum += sum_at(pieces.tail_sum, length);
     length += pieces.tail_length;
-    scratch.body =
-        Body { length, sum: fold(sum), template: *template, second, origin: origin.at, origin_length };
+    scratch.body = Body { length, sum: fold(sum), template, second, origin: origin.at, origin_length };
     true
 }
 

@@ -212,8 +212,7 @@ fn next_request(
     now: u64,
 ) -> i32 {
     let mut first = 0_u64;
-    let waits = maps::may_wait(config, &packet.flow, now);
-    if waits
+    if maps::may_wait(config, &packet.flow, now)
         && packet.data > 8
         && packet::load(skb, packet.data_at(), &mut first)
         && first == u64::from_ne_bytes(*preflight::METHOD)
@@ -226,13 +225,11 @@ fn next_request(
             }
         } else if judged == verdict::PROXY {
             maps::count_outcome();
-        } else {
-            if whose::may_be_answered(skb, packet) {
-                let taken = whose::give_to_worker(skb, packet, &mut answered.pending, now);
-                if taken != whose::NOBODY {
-                    maps::count(event::HandedOver);
-                    return taken;
-                }
+        } else if whose::may_be_answered(skb, packet) {
+            let taken = whose::give_to_worker(skb, packet, &mut answered.pending, now);
+            if taken != whose::NOBODY {
+                maps::count(event::HandedOver);
+                return taken;
             }
         }
     }
@@ -304,7 +301,7 @@ fn prepare(skb: *mut __sk_buff, packet: &Packet, pending: &Pending) -> bool {
     let (Some(scratch), Some(config)) = (maps::scratch(), maps::config()) else { return false };
     let template =
         Template { generation: scratch.deciding.key.generation, number: scratch.deciding.template };
-    let measured = answer::measure(&template, config.second);
+    let measured = answer::measure(template, config.second);
     let length = scratch.body.length;
     if !measured || !answer::fits(packet, length, pending.mss, pending.client_scale, pending.options) {
         maps::count_asked(ask::Room);
@@ -330,7 +327,6 @@ fn prepare(skb: *mut __sk_buff, packet: &Packet, pending: &Pending) -> bool {
     next.pending.client_isn = pending.client_isn.wrapping_add(next.request);
     next.pending.server_isn = pending.server_isn.wrapping_add(next.answer);
     next.pending.stage = if close == 0 { stage::OPEN } else { stage::ENDING };
-    next.pending.touched = (maps::now() >> TICK_SHIFT) as u32;
     true
 }
 
@@ -347,7 +343,7 @@ fn again(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) -> i32 {
     let same = packet.data >= bounded
         && packet::load_part(skb, packet.data_at(), &mut scratch.head, bounded)
         && answer::read_head(scratch, bounded)
-        && answer::measure(&answered.template, answered.second)
+        && answer::measure(answered.template, answered.second)
         && scratch.body.length + close == answered.answer
         && scratch.body.sum == answered.sum;
     let ts = stamps(skb, packet);

@@ -134,12 +134,15 @@ static BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
 /// What is too large for the stack of 512 bytes, and the state of loops: the verifier knows nothing of what lies in a
 /// map, so it need not follow each turn of a loop.
 pub(crate) struct Scratch {
-    pub(crate) link: [u8; 12],
+    /// A frame that is about to be written, as far as it is put together here: two bytes in front, so that what follows the
+    /// Ethernet header lies at whole words, headers, and an answer up to its tail.
+    pub(crate) frame: [u8; 512],
+    /// A number that the verifier shall know nothing of.
+    pub(crate) number: u32,
     /// By what a checksum differs from that of the pseudo-header.
     pub(crate) whole: u64,
     pub(crate) reply: Reply,
     pub(crate) new: HeaderWords,
-    pub(crate) ip: [u32; 10],
     pub(crate) options: OptionBytes,
     pub(crate) walk: Walk,
     pub(crate) scan: Scan,

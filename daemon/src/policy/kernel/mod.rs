@@ -392,8 +392,7 @@ impl<'t> Build<'t> {
     fn template(&mut self, template: &Template) -> Option<u32> {
         let keep = template.pieces(Connection::KeepAlive)?;
         let close = template.pieces(Connection::Close)?;
-        if close.front.len() >= MAX_FRONT || close.middle.len() >= MAX_MIDDLE || close.tail.len() >= MAX_TAIL
-        {
+        if close.front.len() > MAX_FRONT || close.middle.len() > MAX_MIDDLE || close.tail.len() >= MAX_TAIL {
             return None;
         }
         if let Some(number) = self.sets.templates.get(&keep) {
