@@ -74,10 +74,19 @@ pub(crate) fn table(public_ports: &[u16]) -> Table {
     ];
     let annotations = annotations.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
     let ingress = || Rules::IngressNginx(ingress_nginx::validate(&annotations).0.expect("valid"));
-    let matcher = |json: serde_json::Value| {
-        let rules: envoy::Cors = serde_json::from_value(json).expect("a policy");
-        Rules::Envoy(envoy::validate(&rules, None).0.expect("valid"))
+    let exactly =
+        |origin: &str| envoy::StringMatcher { exact: Some(origin.to_owned()), ..Default::default() };
+    let envoy = |last: envoy::StringMatcher, headers: Option<&str>, forward: Option<bool>| {
+        let cors = envoy::Cors {
+            allow_origin_string_match: vec![exactly("https://app.example"), last],
+            allow_methods: Some("GET, PUT".to_owned()),
+            allow_headers: headers.map(str::to_owned),
+            forward_not_matching_preflights: forward,
+            ..envoy::Cors::default()
+        };
+        Rules::Envoy(envoy::validate(&cors, None).0.expect("valid"))
     };
+    let end = envoy::StringMatcher { suffix: Some(".end.example".to_owned()), ..Default::default() };
     let gateway = gateway_api::Cors {
         allow_origins: strings(&["https://app.example", "https://*.gate.example", "http://*"]),
         allow_methods: strings(&["GET", "PUT"]),
@@ -98,24 +107,8 @@ pub(crate) fn table(public_ports: &[u16]) -> Table {
         policy("echo", &["echo.example"], &["/"], native(&echo)),
         policy("unusual", &["unusual.example"], &["/"], native(&unusual)),
         policy("ingress", &["ingress.example", "*.ingress.example"], &["/"], ingress()),
-        policy(
-            "envoy",
-            &["envoy.example"],
-            &["/"],
-            matcher(serde_json::json!({
-                "allow_origin_string_match": [{ "exact": "https://app.example" }, { "suffix": ".end.example" }],
-                "allow_methods": "GET, PUT", "allow_headers": "x-a", "max_age": "5",
-            })),
-        ),
-        policy(
-            "envoy-exact",
-            &["exact.envoy.example"],
-            &["/"],
-            matcher(serde_json::json!({
-                "allow_origin_string_match": [{ "exact": "https://app.example" }, { "exact": "null" }],
-                "allow_methods": "GET, PUT", "forward_not_matching_preflights": false,
-            })),
-        ),
+        policy("envoy", &["envoy.example"], &["/"], envoy(end, Some("x-a"), None)),
+        policy("envoy-exact", &["exact.envoy.example"], &["/"], envoy(exactly("null"), None, Some(false))),
         policy(
             "gateway",
             &["gateway.example"],
@@ -156,7 +149,7 @@ impl Numbers {
     }
 }
 
-const HOSTS: &[&str] = &[
+pub(crate) const HOSTS: &[&str] = &[
     "api.example",
     "a.tenant.example",
     "a.b.tenant.example",
@@ -196,7 +189,7 @@ const HOSTS: &[&str] = &[
     "localhost",
     "xx-long-long-long-long-long-long-long-long-long-long-long.tenant.example",
 ];
-const PATHS: &[&str] = &[
+pub(crate) const PATHS: &[&str] = &[
     "/",
     "/v1/items",
     "/v1/items/",
@@ -238,7 +231,7 @@ const PATHS: &[&str] = &[
     "*",
     "http://api.example/",
 ];
-const ORIGINS: &[&str] = &[
+pub(crate) const ORIGINS: &[&str] = &[
     "https://app.example",
     "https://shop.example:8443",
     "https://x.preview.example",
@@ -276,7 +269,7 @@ const ORIGINS: &[&str] = &[
     "https://x.preview.example:443",
     "https://xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx.preview.example",
 ];
-const METHODS: &[&str] = &[
+pub(crate) const METHODS: &[&str] = &[
     "GET",
     "HEAD",
     "POST",
@@ -292,7 +285,7 @@ const METHODS: &[&str] = &[
     "PROPPATCH",
     "X\tY",
 ];
-const HEADERS: &[&str] = &[
+pub(crate) const HEADERS: &[&str] = &[
     "content-type",
     "content-type,x-a",
     "authorization,content-type,x-a,x-request-id",
@@ -310,7 +303,7 @@ const HEADERS: &[&str] = &[
     "x-request-id",
     "xaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 ];
-const LINES: &[&str] = &[
+pub(crate) const LINES: &[&str] = &[
     "Connection: keep-alive",
     "Connection: close",
     "Connection: Close",
