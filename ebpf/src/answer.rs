@@ -68,8 +68,14 @@ pub(crate) fn read_head(scratch: &mut Scratch, length: u32) -> bool {
 ///
 /// Called, not copied in: twice is too much for the verifier.
 #[inline(never)]
-pub(crate) fn judge(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> u32 {
+pub(crate) fn judge(skb: *mut __sk_buff, packet: &Packet, config: &Config, now: u64) -> u32 {
     if config.flags & config_flags::ANSWERS == 0 || config.generation == 0 {
+        return verdict::ASK;
+    }
+    let (Some(scratch), Some(service)) = (maps::scratch(), maps::service(&packet.flow)) else {
+        return verdict::ASK;
+    };
+    if !maps::may_answer(config, service, now) {
         return verdict::ASK;
     }
     let odd = packet.flags & (flags::FIN | flags::URG) != 0 || !packet.plain;
@@ -79,9 +85,6 @@ pub(crate) fn judge(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> u3
         maps::count_asked(ask::Segment);
         return verdict::ASK;
     }
-    let (Some(scratch), Some(service)) = (maps::scratch(), maps::service(&packet.flow)) else {
-        return verdict::ASK;
-    };
     let bounded = packet.data & 2047;
     if bounded == 0 || !packet::load_part(skb, packet.data_at(), &mut scratch.head, bounded) {
         return verdict::ASK;

@@ -212,12 +212,11 @@ fn next_request(
     now: u64,
 ) -> i32 {
     let mut first = 0_u64;
-    if maps::may_wait(config, &packet.flow, now)
-        && packet.data > 8
+    if packet.data > 8
         && packet::load(skb, packet.data_at(), &mut first)
         && first == u64::from_ne_bytes(*preflight::METHOD)
     {
-        let judged = answer::judge(skb, packet, config);
+        let judged = answer::judge(skb, packet, config, now);
         if judged == verdict::ANSWER {
             let verdict = go_on(skb, packet, answered);
             if verdict != sent::UNTOUCHED {
@@ -225,7 +224,7 @@ fn next_request(
             }
         } else if judged == verdict::PROXY {
             maps::count_outcome();
-        } else if whose::may_be_answered(skb, packet) {
+        } else if maps::may_wait(config, &packet.flow, now) && whose::may_be_answered(skb, packet) {
             let taken = whose::give_to_worker(skb, packet, &mut answered.pending, now);
             if taken != whose::NOBODY {
                 maps::count(event::HandedOver);

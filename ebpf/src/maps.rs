@@ -215,7 +215,13 @@ pub(crate) fn is_alive(now: u64) -> bool {
 /// Whether a deferred connection may go on waiting for its first data.
 #[inline(always)]
 pub(crate) fn may_wait(config: &Config, flow: &Flow, now: u64) -> bool {
-    config.state == state::DEFER && is_alive(now) && service(flow).is_some_and(|service| service.engaged != 0)
+    service(flow).is_some_and(|service| may_answer(config, service, now))
+}
+
+/// Whether anything may be said on a port at all but what was said already.
+#[inline(always)]
+pub(crate) fn may_answer(config: &Config, service: &Service, now: u64) -> bool {
+    config.state == state::DEFER && is_alive(now) && service.engaged != 0
 }
 
 /// The secret `which` (0 or 1).

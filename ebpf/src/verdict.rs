@@ -147,26 +147,28 @@ fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &C
         return give_to_proxy(skb, packet, pending);
     }
     let mut opens = opening(skb, packet);
-    let waits = maps::may_wait(config, &packet.flow, now);
-    let mut judged = verdict::ASK;
-    if opens == kind::Options {
-        if waits {
-            judged = answer::judge(skb, packet, config);
-        }
-        if judged != verdict::ASK || may_be_answered(skb, packet) {
-            opens = kind::Preflight;
-        }
+    if opens != kind::Options {
+        maps::count_port(row, opens);
+        return give_to_proxy(skb, packet, pending);
     }
-    maps::count_port(row, opens);
+    let judged = answer::judge(skb, packet, config, now);
     if judged == verdict::ANSWER {
         let verdict = answered::begin(skb, packet, pending);
         if verdict != sent::UNTOUCHED {
+            maps::count_port(row, kind::Preflight);
             return verdict;
         }
     }
     if judged == verdict::PROXY {
+        maps::count_port(row, kind::Preflight);
         maps::count_outcome();
-    } else if opens == kind::Preflight && waits && (judged == verdict::ASK || may_be_answered(skb, packet)) {
+        return give_to_proxy(skb, packet, pending);
+    }
+    if may_be_answered(skb, packet) {
+        opens = kind::Preflight;
+    }
+    maps::count_port(row, opens);
+    if opens == kind::Preflight && maps::may_wait(config, &packet.flow, now) {
         let verdict = give_to_worker(skb, packet, pending, now);
         if verdict != NOBODY {
             return verdict;
