@@ -26,7 +26,7 @@ pub(super) fn detach(args: &Detach) -> Result<(), Failure> {
         print(format_args!("removed {}\n", directory.display()));
     }
     print(format_args!(
-        "{} programs detached; clients that had connected and not spoken: {}\n",
+        "{} programs detached; clients that wait, and will be reset when they speak: {}\n",
         done.links, done.waiting
     ));
     Ok(())

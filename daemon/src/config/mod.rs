@@ -509,9 +509,9 @@ impl Config {
 impl Steer {
     /// Without what takes effect while running.
     fn without_live(&self) -> Self {
-        let Self { mode, engage, storm_above, storm_below, percent, firewall, kernel_answers, .. } =
+        let Self { mode, engage, storm_above, storm_below, percent, kernel_answers, firewall, .. } =
             Self::default();
-        Self { mode, engage, storm_above, storm_below, percent, firewall, kernel_answers, ..self.clone() }
+        Self { mode, engage, storm_above, storm_below, percent, kernel_answers, firewall, ..self.clone() }
     }
 }
 

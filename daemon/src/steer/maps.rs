@@ -260,23 +260,28 @@ impl Maps {
             .map_err(failed("write TEMPLATES"))
     }
 
-    /// Removes the terms of every other generation, and the templates of every other but those of `before`, by which answers
-    /// are sent again. Nobody may read what is removed.
-    pub(super) fn keep_generation(&mut self, generation: u32, before: u32) -> Result<()> {
+    /// The terms of every other generation.
+    pub(super) fn terms_but(&self, generation: u32) -> Result<Vec<Term>> {
+        let others =
+            self.terms.keys().filter(|term| !matches!(term, Ok(term) if term.generation == generation));
+        others.collect::<std::result::Result<_, _>>().map_err(failed("read TERMS"))
+    }
+
+    /// Removes terms. Nobody may read them.
+    pub(super) fn remove_terms(&mut self, terms: &[Term]) -> Result<()> {
+        terms.iter().try_for_each(|term| gone(self.terms.remove(term))).map_err(failed("clear TERMS"))
+    }
+
+    /// Removes the templates of every generation but these: nobody may read them.
+    pub(super) fn keep_templates(&mut self, generations: [u32; 2]) -> Result<()> {
         let mut remove = || {
-            let terms: Vec<_> = self.terms.keys().collect::<std::result::Result<_, _>>()?;
-            for term in terms.iter().filter(|term| term.generation != generation) {
-                self.terms.remove(term)?;
-            }
             let templates: Vec<_> = self.templates.keys().collect::<std::result::Result<_, _>>()?;
-            for template in templates {
-                if template.generation != generation && template.generation != before {
-                    self.templates.remove(&template)?;
-                }
-            }
-            Ok(())
+            templates
+                .iter()
+                .filter(|template| !generations.contains(&template.generation))
+                .try_for_each(|template| gone(self.templates.remove(template)))
         };
-        remove().map_err(failed("clear TERMS and TEMPLATES"))
+        remove().map_err(failed("clear TEMPLATES"))
     }
 
     /// Writes the `Date` of a second (since 1970).
@@ -426,12 +431,17 @@ fn replace<M: BorrowMut<MapData>, K: Pod + Eq + std::hash::Hash, V: Pod + Partia
         }
     }
     for key in present.keys().filter(|key| !wanted.contains_key(key)) {
-        match map.remove(key) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(error),
-        }
+        gone(map.remove(key))?;
     }
     Ok(())
+}
+
+/// An entry that is not there any more is removed.
+fn gone(result: std::result::Result<(), MapError>) -> std::result::Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        other => other,
+    }
 }
 
 fn sums(map: &PerCpuArray<MapData, u64>, slots: u32) -> std::result::Result<Vec<u64>, MapError> {

@@ -17,7 +17,7 @@ use aya::{
     maps::{Array, HashMap, Map, MapData},
     programs::links::{FdLink, PinnedLink},
 };
-use preflightd_common::abi::{Config, Flow, Pending, VERSION, stage, state};
+use preflightd_common::abi::{Answered, Config, Flow, Pending, VERSION, stage, state};
 
 use super::Error;
 
@@ -115,7 +115,8 @@ pub struct Detached {
     pub directories: Vec<PathBuf>,
     /// Links that were removed.
     pub links: usize,
-    /// Connections whose client had our SYN-ACK and had not spoken: it learns by a reset when it does.
+    /// Connections whose client had our SYN-ACK and had not spoken, or that the kernel has answered on: the client learns by
+    /// a reset when it speaks.
     pub waiting: usize,
 }
 
@@ -149,7 +150,7 @@ pub fn detach(pin_dir: &Path, grace: Duration) -> Result<Detached, Error> {
     }
     let until = Instant::now() + grace;
     for directory in &directories {
-        done.waiting += wait_for_handshakes(directory, until);
+        done.waiting += wait_for_handshakes(directory, until) + answered(directory);
     }
     for directory in directories {
         let mut links = 0;
@@ -212,6 +213,16 @@ fn wait_for_handshakes(directory: &Path, until: Instant) -> usize {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Connections that the kernel has answered on, and that go on.
+fn answered(directory: &Path) -> usize {
+    if !is_of_this_version(directory) {
+        return 0;
+    }
+    let Ok(map) = MapData::from_pin(directory.join("ANSWERED")) else { return 0 };
+    let Ok(map) = HashMap::<_, Flow, Answered>::try_from(Map::HashMap(map)) else { return 0 };
+    map.iter().filter_map(Result::ok).filter(|(_, answered)| answered.pending.stage == stage::OPEN).count()
 }
 
 /// Whether the maps there are laid out as ours.

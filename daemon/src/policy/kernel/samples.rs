@@ -144,8 +144,8 @@ impl Numbers {
         (self.next() % bound as u64) as usize
     }
 
-    fn of<'a, T>(&mut self, list: &'a [T]) -> &'a T {
-        &list[self.below(list.len())]
+    fn of<T: Copy>(&mut self, list: &[T]) -> T {
+        list[self.below(list.len())]
     }
 }
 
@@ -363,7 +363,7 @@ pub(crate) const LINES: &[&str] = &[
 /// A request of these parts, mostly good ones.
 pub(crate) fn request(numbers: &mut Numbers) -> Vec<u8> {
     let mut pick = |list: &[&'static str], good: usize| -> &'static str {
-        if numbers.below(4) == 0 { *numbers.of(list) } else { list[numbers.below(good)] }
+        if numbers.below(4) == 0 { numbers.of(list) } else { list[numbers.below(good)] }
     };
     let (host, path) = (pick(HOSTS, 20), pick(PATHS, 21));
     let (origin, method, headers) = (pick(ORIGINS, 19), pick(METHODS, 5), pick(HEADERS, 3));
@@ -374,14 +374,14 @@ pub(crate) fn request(numbers: &mut Numbers) -> Vec<u8> {
     }
     for _ in 0..numbers.below(8) {
         let good = numbers.below(6) > 0;
-        let line = if good { LINES[numbers.below(16)] } else { *numbers.of(LINES) };
+        let line = if good { LINES[numbers.below(16)] } else { numbers.of(LINES) };
         lines.insert(numbers.below(lines.len() + 1), line.to_owned());
     }
     if numbers.below(20) == 0 {
         lines.remove(numbers.below(lines.len()));
     }
     let version = ["HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/1.1 ", "HTTP/2.0"];
-    let version = if numbers.below(8) > 0 { version[0] } else { *numbers.of(&version) };
+    let version = if numbers.below(8) > 0 { version[0] } else { numbers.of(&version) };
     let mut bytes = format!("OPTIONS {path} {version}\r\n{}\r\n\r\n", lines.join("\r\n")).into_bytes();
     if numbers.below(30) == 0 {
         bytes.extend_from_slice(b"GET / HTTP/1.1\r\n");
@@ -399,11 +399,11 @@ pub(crate) fn mutate(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
         let at = numbers.below(bytes.len());
         match numbers.below(6) {
             0 => bytes[at] ^= 1 << numbers.below(8),
-            1 => bytes[at] = *numbers.of(ODD),
+            1 => bytes[at] = numbers.of(ODD),
             2 => {
                 bytes.remove(at);
             }
-            3 => bytes.insert(at, *numbers.of(ODD)),
+            3 => bytes.insert(at, numbers.of(ODD)),
             4 => {
                 let end = (at + 1 + numbers.below(40)).min(bytes.len());
                 let part = bytes[at..end].to_vec();

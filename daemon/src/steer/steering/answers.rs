@@ -1,14 +1,17 @@
 //! What the kernel answers by: the table in its maps, a generation at a time, and the date.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use preflightd_common::abi::{event, swept};
 
 use super::{
     super::{Counts, barrier, maps::Outcomes},
-    KernelReport, Result, Steering,
+    KernelReport, Result, Steering, random,
 };
-use crate::policy::{Table, kernel::Summary};
+use crate::policy::{KernelTable, Table, kernel::Summary};
 
 /// How often what was decided is read, by route.
 const READ: Duration = Duration::from_secs(1);
@@ -19,14 +22,10 @@ const CHUNK: usize = 8192;
 pub(super) struct Answers {
     /// In force; 0: none.
     generation: u32,
-    /// The last one that was written, in force or not.
-    last: u32,
-    /// Templates of this one are kept too.
-    before: u32,
     second: u32,
     max_head: u32,
     max_answered: u32,
-    summary: Summary,
+    summary: Arc<Summary>,
     /// The policies' own generation.
     table: u64,
     /// Entries of `ANSWERED` that the last sweep left, and insertions less removals at that time.
@@ -40,24 +39,16 @@ impl Answers {
     pub(super) fn new(max_answered: u32, max_head: usize) -> Self {
         Self {
             generation: 0,
-            last: 0,
-            before: 0,
             second: 0,
             max_head: u32::try_from(max_head).unwrap_or(u32::MAX),
             max_answered,
-            summary: Summary::default(),
+            summary: Arc::default(),
             table: 0,
             swept: (0, 0),
             outcomes: Vec::new(),
             labels: 0,
             read: None,
         }
-    }
-
-    /// Goes on behind the generation of an earlier daemon.
-    pub(super) fn follow(&mut self, generation: u32) {
-        self.last = generation;
-        self.before = generation;
     }
 
     pub(super) fn generation(&self) -> u32 {
@@ -104,41 +95,51 @@ impl Steering {
     pub(super) fn set_answers(&mut self, table: &Table) -> Result<()> {
         let listeners: Vec<_> = self.services.iter().map(|service| service.listener).collect();
         let made = table.for_kernel(&listeners);
-        // Never 0: that says that there is none.
-        let generation = self.answers.last.wrapping_add(1).max(1);
-        let before = self.answers.last;
-        self.answers.last = generation;
         if let Some(reason) = &made.summary.too_large {
             tracing::warn!("{reason}");
         }
+        // Random, so that what another daemon has written, or is still writing, is of another one; and never 0.
+        let generation = (random()?[0] as u32).max(1);
+        let before = self.config.generation;
         let written = self.write_answers(generation, &made);
+        if !self.is_in_charge()? {
+            return Ok(());
+        }
         self.answers.generation = if written.is_ok() { generation } else { 0 };
         self.config.generation = self.answers.generation;
         self.maps.set_config(self.config)?;
         self.answers.table = table.generation();
         self.answers.labels = self.answers.labels.max(made.labels());
-        self.answers.summary = made.summary;
-        // Whoever has read the old generation is done with it.
+        self.answers.summary = Arc::new(made.summary);
+        // Whoever has read the old generation is done with it then.
         barrier::wait_for_programs();
-        self.maps.keep_generation(generation, before)?;
-        self.answers.before = before;
+        for terms in self.maps.terms_but(self.answers.generation)?.chunks(CHUNK) {
+            if !self.goes_on()? {
+                return Ok(());
+            }
+            self.maps.remove_terms(terms)?;
+        }
+        // By the templates of before, answers are sent again.
+        self.maps.keep_templates([self.answers.generation, before])?;
         written
     }
 
-    fn write_answers(&mut self, generation: u32, made: &crate::policy::KernelTable) -> Result<()> {
+    fn write_answers(&mut self, generation: u32, made: &KernelTable) -> Result<()> {
         self.maps.add_templates(generation, &made.templates)?;
-        let mut terms = made.terms.iter();
-        loop {
-            let mut some = terms.by_ref().take(CHUNK).peekable();
-            if some.peek().is_none() {
-                return Ok(());
-            }
-            self.maps.add_terms(generation, some)?;
-            // It takes its time, and the daemon is well.
-            if self.engaged {
-                self.maps.beat(true)?;
-            }
+        let mut terms = made.terms.iter().peekable();
+        while terms.peek().is_some() && self.goes_on()? {
+            self.maps.add_terms(generation, terms.by_ref().take(CHUNK))?;
         }
+        Ok(())
+    }
+
+    /// Within what takes its time: the daemon is well, and if it is in charge no more it stops.
+    fn goes_on(&mut self) -> Result<bool> {
+        let goes_on = self.is_in_charge()?;
+        if goes_on && self.engaged {
+            self.maps.beat(true)?;
+        }
+        Ok(goes_on)
     }
 
     /// The date, once a second; and what was decided.

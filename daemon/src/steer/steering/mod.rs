@@ -317,7 +317,6 @@ impl Steering {
         self.maps.set_key(key, random()?)?;
         // Until all is in its place nothing new is deferred: what an earlier daemon served may be something else now.
         self.config = abi::Config { key, state: state::OFF, ..earlier };
-        self.answers.follow(earlier.generation);
         self.maps.set_config(self.config)?;
         for row in self.rows.values() {
             self.maps.clear_row(row.row)?;
@@ -373,8 +372,8 @@ impl Steering {
             storm_above,
             storm_below,
             percent,
-            firewall,
             kernel_answers,
+            firewall,
             ..self.options.clone()
         };
         // The next tick looks at what matters now; until then what is known holds.

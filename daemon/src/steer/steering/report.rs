@@ -1,5 +1,7 @@
 //! What can be told of steering.
 
+use std::sync::Arc;
+
 use preflightd_common::abi::{ask, event, kind};
 
 use super::super::{Counts, maps::Outcomes};
@@ -62,7 +64,7 @@ pub struct KernelReport {
     /// Generation of the policies that it answers by.
     pub generation: u64,
     /// What it can decide.
-    pub summary: Summary,
+    pub summary: Arc<Summary>,
     /// Connections that it has answered on, about.
     pub answered: u64,
     /// So many fit.
@@ -76,7 +78,7 @@ impl KernelReport {
     const NAMED: usize = 100;
 
     fn json(&self, counts: &Counts) -> serde_json::Value {
-        let Summary { hosts, paths, origins, names, templates, left, too_large } = &self.summary;
+        let Summary { hosts, paths, origins, names, templates, left, too_large } = &*self.summary;
         let asked = ask::NAMES.iter().zip(&counts.asked).filter(|(_, count)| **count > 0);
         serde_json::json!({
             "on": self.on,
