@@ -235,6 +235,9 @@ fn the_last_answer_has_our_end() {
     });
 }
 
+/// Name, the request that comes again, what has happened meanwhile.
+type Gone<'a> = (&'a str, &'a str, fn(&mut Bench));
+
 #[test]
 fn an_answer_that_was_lost_is_sent_again_in_the_same_bytes_or_not_at_all() {
     while_answering(|bench, _, kernel| {
@@ -277,7 +280,7 @@ fn an_answer_that_was_lost_is_sent_again_in_the_same_bytes_or_not_at_all() {
         assert_eq!((again.flags, again.seq, &*again.data), (flags::ACK, knows.ack, &b""[..]));
         assert_eq!(again.ack, knows.seq + PREFLIGHT.len() as u32);
 
-        let gone: [(&str, &str, fn(&mut Bench)); 3] = [
+        let gone: [Gone<'_>; 3] = [
             ("another origin", &PREFLIGHT.replace("app.example", "evil.example"), |_| {}),
             ("templates gone", PREFLIGHT, |bench| bench.maps.keep_templates([7, 7]).expect("TEMPLATES")),
             ("the date gone", PREFLIGHT, |bench| bench.maps.set_date(SECOND + 64).expect("DATES")),
