@@ -18,12 +18,13 @@ use std::{
     thread,
 };
 
+use serde_json::Value;
 use socket2::Protocol;
 
 use self::{
     place::{Addresses, addresses, link, listen, mount_bpffs},
     proxy::{BACKEND, Running},
-    steerer::inside,
+    steerer::{ADMIN_SOCKET, inside},
 };
 pub use self::{
     proxy::{BIG, Proxy, big},
@@ -390,7 +391,7 @@ impl Lab {
              [[listener]]\nname = \"web4\"\naddress = \"0.0.0.0:80\"\naddresses = {v4}\nsteer = true\n\n\
              [[listener]]\nname = \"web6\"\naddress = \"[::]:80\"\naddresses = {v6}\nsteer = true\n\n\
              [workers]\ncount = 2\npin = false\n\n\
-             [admin]\naddress = \"{admin}\"\n\n{policies}\n",
+             [admin]\naddress = \"{admin}\"\nsocket = \"{ADMIN_SOCKET}\"\n\n{policies}\n",
             // The browser's pages are called by these.
             v4 = self.own_addresses(false),
             v6 = self.own_addresses(true),
@@ -434,7 +435,15 @@ impl Lab {
         self.daemon.as_ref().expect("the daemon runs in this lab").metrics(self.home())
     }
 
-    /// How many flows went to `to`: `worker` or `proxy`.
+    /// The daemon's status.
+    ///
+    /// # Panics
+    /// As [`Steerer::status`]; in a lab without the daemon.
+    pub fn status(&self) -> Value {
+        self.daemon.as_ref().expect("the daemon runs in this lab").status()
+    }
+
+    /// How many flows went to `to`: `kernel`, `worker` or `proxy`.
     pub fn flows(&self, to: &str) -> u64 {
         self.metrics().count("preflightd_steer_flows_total", &[("to", to)])
     }

@@ -3,20 +3,26 @@
 
 use std::{
     fs::{self, File},
+    io::{Read as _, Write as _},
     net::SocketAddr,
+    os::unix::net::UnixStream,
     process::{Child, Command, ExitStatus, Stdio},
     thread,
 };
 
 use rustix::process::Signal;
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    client::fetch,
+    client::{Response, fetch},
     daemon::{Metrics, preflightd},
     netns::Netns,
     site::{PATIENCE, signal, wait_exit, wait_until},
 };
+
+/// The admin socket of each daemon, in the directory that it runs in.
+pub(super) const ADMIN_SOCKET: &str = "admin.sock";
 
 /// A daemon in the node's namespace.
 #[derive(Debug)]
@@ -35,6 +41,8 @@ impl Steerer {
         let second = log.try_clone().expect("a second handle to the log");
         let mut command = inside(node, &preflightd());
         command.env_remove("RUST_LOG").args(["run", "--config"]).arg(file);
+        // Where the configuration says `admin.sock`.
+        command.current_dir(directory.path());
         command.stdin(Stdio::null()).stdout(log).stderr(second);
         let child = command.spawn().unwrap_or_else(|e| panic!("starting {command:?}: {e}"));
         Self { child, admin, directory }
@@ -61,6 +69,22 @@ impl Steerer {
         let response = node.enter(|| fetch(self.admin, "/metrics")).expect("reading /metrics");
         assert_eq!(response.status, 200, "/metrics: {response:?}");
         Metrics::parse(&String::from_utf8(response.body).expect("metrics in UTF-8"))
+    }
+
+    /// Reads its status from the admin socket.
+    ///
+    /// # Panics
+    /// It cannot be had.
+    pub fn status(&self) -> Value {
+        let socket = self.directory.path().join(ADMIN_SOCKET);
+        let mut stream = UnixStream::connect(&socket).expect("connecting to the admin socket");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let request = "GET /status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        stream.write_all(request.as_bytes()).expect("asking for the status");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).expect("reading the status");
+        let whole = Response::parse(&answer, true).expect("a response").expect("a whole response");
+        serde_json::from_slice(&whole.0.body).expect("a status in JSON")
     }
 
     /// Replaces its configuration file, as editors do; it notices by itself.
