@@ -352,10 +352,19 @@ fn explains_a_raw_request() {
 #[cfg(feature = "ebpf")]
 fn explains_what_a_steered_listener_answers() {
     let steered = CONFIG.replacen("upstream = \"127.0.0.1:8080\"", "steer = true", 1);
-    let files = Files::new("steered", &[("good.toml", CONFIG), ("steered.toml", &steered)]);
+    let by_workers = steered.clone() + "[steer]\nkernel_answers = false\n";
+    let files = Files::new(
+        "steered",
+        &[("good.toml", CONFIG), ("steered.toml", &steered), ("by_workers.toml", &by_workers)],
+    );
     let preflight = "OPTIONS /v1 HTTP/1.1\r\nHost: api.example.com\r\nOrigin: https://app.example.com\r\n\
                      Access-Control-Request-Method: PUT\r\n\r\n";
-    for (file, closes, whose) in [("good.toml", false, "upstream"), ("steered.toml", true, "proxy's")] {
+    // The kernel keeps the connection, a worker beside the proxy ends it.
+    for (file, closes, whose) in [
+        ("good.toml", false, "upstream"),
+        ("steered.toml", false, "proxy's"),
+        ("by_workers.toml", true, "proxy's"),
+    ] {
         let explain = |request: &str| {
             let got = files.run_with(&["explain", "--config", file, "--raw", "--format", "json"], request);
             serde_json::from_str::<Value>(&stdout(&got)).expect(file)
@@ -366,6 +375,44 @@ fn explains_what_a_steered_listener_answers() {
         let passed = explain("GET / HTTP/1.1\r\n\r\n");
         let words = passed["words"].as_str().expect("words");
         assert!(words.contains(whose), "{file}: {words}");
+    }
+}
+
+#[test]
+#[cfg(feature = "ebpf")]
+fn explains_which_tier_decides() {
+    let paths = CONFIG.replacen("listeners = [\"web\"]", "paths = [{ prefix = \"/v1\" }]", 1);
+    let steered = paths.replacen("upstream = \"127.0.0.1:8080\"", "steer = true", 1);
+    let by_workers = steered.clone() + "[steer]\nkernel_answers = false\n";
+    let files = Files::new("tiers", &[("steered.toml", &steered), ("by_workers.toml", &by_workers)]);
+    let preflight = "OPTIONS /v1 HTTP/1.1\r\nHost: api.example.com\r\nOrigin: https://app.example.com\r\n\
+                     Access-Control-Request-Method: PUT\r\n\r\n";
+    let with = |from: &str, to: &str| {
+        assert!(preflight.contains(from), "{from}");
+        preflight.replacen(from, to, 1)
+    };
+    let long = with("\r\n\r\n", &format!("\r\nX-Padding: {}\r\n\r\n", "x".repeat(2100)));
+    for (name, file, listener, request, tier, words, verdict) in [
+        ("allowed", "steered", "web", preflight.to_owned(), "kernel", "stays open", "answered"),
+        ("denied", "steered", "web", with("https://app", "https://evil"), "kernel", "stays open", "answered"),
+        ("host in capitals", "steered", "web", with("api", "API"), "worker", "its host", "answered"),
+        ("long head", "steered", "web", long, "worker", "longer", "answered"),
+        ("unusual method", "steered", "web", with("PUT", "BREW"), "worker", "method", "answered"),
+        ("no such path", "steered", "web", with("/v1", "/v2"), "proxy", "the proxy's", "passed"),
+        ("switched off", "by_workers", "web", preflight.to_owned(), "worker", "off", "answered"),
+        ("not steered", "steered", "internal", preflight.to_owned(), "worker", "", "answered"),
+    ] {
+        let file = format!("{file}.toml");
+        let arguments = ["explain", "--config", &file, "--listener", listener, "--raw", "--format", "json"];
+        let got = files.run_with(&arguments, &request);
+        let report: Value = serde_json::from_str(&stdout(&got)).expect(name);
+        assert_eq!(report["tier"], tier, "{name}: {report:#}");
+        let said = report["tier_words"].as_str().expect("words");
+        assert!(if words.is_empty() { said.is_empty() } else { said.contains(words) }, "{name}: {said}");
+        assert_eq!(report["verdict"], verdict, "{name}: {report:#}");
+        // For people the same words.
+        let got = files.run_with(&arguments[..6], &request);
+        assert!(stdout(&got).contains(said), "{name}: {}", stdout(&got));
     }
 }
 
