@@ -2,19 +2,23 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    fmt::Display,
     io::ErrorKind,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::atomic::{AtomicBool, Ordering},
     thread,
+    time::Duration,
 };
 
 use preflightd_tests::{
-    Client,
+    Client, Response,
     client::get,
     load::{Kind, Load},
     steering::{
-        HOST, Lab, Options, allowed_preflight, can_run, check_get, expect_either, full, on_each_site,
+        HOST, Lab, Options, allowed_preflight, can_run, check_get, expect_either, expect_proxy, full,
+        on_each_site,
     },
+    wire::Wire,
 };
 
 /// SYNs of a flood; bounded, since no test may run for long.
@@ -27,9 +31,7 @@ fn flood_size() -> u32 {
 #[test]
 fn a_syn_flood() {
     on_each_site(Options::default(), |lab, site| {
-        // The way back to the spoofed addresses is over the client's link, where nobody answers.
-        lab.node().ip("route replace 198.18.0.0/15 via 10.78.0.3");
-        lab.node().ip("-6 route replace fd00:bad::/32 via fd00:78::3");
+        lead_nowhere(lab);
         let mut kept: Vec<_> = (0..100).map(|_| lab.connect(site)).collect();
         for client in &mut kept {
             check_get(&client.exchange(get(HOST, "/kept")), "/kept");
@@ -41,11 +43,7 @@ fn a_syn_flood() {
         thread::scope(|scope| {
             let over = &over;
             scope.spawn(move || {
-                for i in 0..flood_size() {
-                    // Like random ones, each only once.
-                    let word = i.wrapping_mul(2_654_435_761);
-                    wire.spoof_syn(spoofed(site, word), word);
-                }
+                flood(&wire, site, flood_size());
                 over.store(true, Ordering::Relaxed);
             });
             let mut served = 0;
@@ -76,6 +74,90 @@ fn a_syn_flood() {
         lab.get(site, "/after");
         lab.wait_steered();
     });
+}
+
+/// A SYN flood while connections idle that only the kernel knows: it does not cost one of them.
+#[test]
+fn a_syn_flood_over_kernel_answered_connections() {
+    if !can_run() {
+        return;
+    }
+    // Less than the flood brings.
+    let steer = "max_pending = 16384".to_owned();
+    let lab = Lab::with(Options { kernel_answers: true, steer, ..Options::default() });
+    lead_nowhere(&lab);
+    let mut kept: Vec<_> = (0..1000)
+        .map(|i| {
+            let site = lab.sites()[i % 2];
+            (format!("{site}, {i}"), lab.connect(site))
+        })
+        .collect();
+    for (case, client) in &mut kept {
+        lab.expect_kernel(&client.exchange(allowed_preflight("/x")), format_args!("{case}, before"));
+    }
+    let (in_use, idle) = kept.split_at_mut(20);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let (lab, over) = (&lab, &over);
+        scope.spawn(move || {
+            for site in lab.sites() {
+                flood(&lab.deaf_wire(site), site, flood_size() / 2);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        let mut rounds = 0;
+        while !over.load(Ordering::Relaxed) {
+            for (case, client) in in_use.iter_mut() {
+                let response = client.exchange(allowed_preflight("/x"));
+                expect_kernel_or_proxy(lab, &response, format_args!("{case}, during the flood"));
+            }
+            rounds += 1;
+            // The flood needs the machine as well.
+            thread::sleep(Duration::from_millis(1));
+        }
+        eprintln!("{rounds} preflights on each connection that was in use");
+        assert!(rounds > 0, "the flood was over before a real client came");
+    });
+    if lab.is_steered() {
+        // The map of those that wait for their first data was as full as it may be.
+        let refused = lab.metrics().count("preflightd_steer_fail_open_total", &[("reason", "pressure")]);
+        assert!(refused > 0, "a flood that presses nothing proves nothing");
+    }
+    for (i, (case, client)) in idle.iter_mut().enumerate() {
+        if i % 3 == 0 {
+            check_get(&client.exchange(get(HOST, "/kept")), "/kept");
+        }
+        let response = client.exchange(allowed_preflight("/x"));
+        expect_kernel_or_proxy(&lab, &response, format_args!("{case}, after the flood"));
+        check_get(&client.exchange(get(HOST, "/kept")), "/kept");
+    }
+    for (_, client) in in_use {
+        check_get(&client.exchange(get(HOST, "/kept")), "/kept");
+    }
+}
+
+/// On a busy machine a heartbeat may be late, and the proxy gets a connection that the kernel could have answered on.
+fn expect_kernel_or_proxy(lab: &Lab, response: &Response, case: impl Display) {
+    if response.header("x-from").is_some() {
+        expect_proxy(response, &case);
+        assert_eq!(response.status, 405, "{case}: {response:?}");
+    } else {
+        lab.expect_kernel(response, case);
+    }
+}
+
+/// The way back to the spoofed addresses is over the client's link, where nobody answers.
+fn lead_nowhere(lab: &Lab) {
+    lab.node().ip("route replace 198.18.0.0/15 via 10.78.0.3");
+    lab.node().ip("-6 route replace fd00:bad::/32 via fd00:78::3");
+}
+
+fn flood(wire: &Wire, site: SocketAddr, size: u32) {
+    for i in 0..size {
+        // Like random ones, each only once.
+        let word = i.wrapping_mul(2_654_435_761);
+        wire.spoof_syn(spoofed(site, word), word);
+    }
 }
 
 fn spoofed(site: SocketAddr, word: u32) -> SocketAddr {
