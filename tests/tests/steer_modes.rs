@@ -15,6 +15,7 @@ use preflightd_tests::{
         plain,
     },
 };
+use serde_json::json;
 
 /// A lab with the daemon, or none where tests run without it.
 fn steered_lab(options: Options) -> Option<Lab> {
@@ -185,6 +186,71 @@ fn policies_change_while_running() {
     lab.expect_worker(&ask(&lab, "new.test"), "new host after");
     wait_until("the old host to be the proxy's", || ask(&lab, "old.test").header("x-from").is_some());
     load.stop().expect_flawless_gets();
+}
+
+/// What the kernel can decide, what it leaves to workers and why, and what it has decided: in the status and the metrics.
+#[test]
+fn kernel_answers_are_told_of() {
+    let policy = |name: &str, more: &str| {
+        POLICY
+            .replace("\"demo\"", &format!("\"{name}\""))
+            .replace("hosts = [\"*\"]", &format!("hosts = [\"{name}.test\"]\n{more}"))
+    };
+    let policies = policy("api", "paths = [{ prefix = \"/x\" }]")
+        + &policy("patterns", "paths = [{ regex = \"/v[0-9]+\" }, { exact = \"/v\" }]")
+        + &policy("unusual", "").replace("\"DELETE\"", "\"BREW\"");
+    let options = Options { kernel_answers: true, policies, ..Options::default() };
+    let Some(lab) = steered_lab(options) else { return };
+    let asked_of = |site: SocketAddr, times: usize, host: &str, path: &str, origin: &str, method: &str| {
+        let mut client = lab.connect(site);
+        for _ in 0..times {
+            client.send(preflight(host, path, origin, method, Some("x-demo")));
+            client.response();
+        }
+    };
+    for site in lab.sites() {
+        asked_of(site, 3, "api.test", "/x", ORIGIN, "PUT");
+        asked_of(site, 2, "api.test", "/x/y", "https://evil.example", "PUT");
+        asked_of(site, 4, "api.test", "/x", ORIGIN, "PATCH");
+        asked_of(site, 1, "api.test", "/elsewhere", ORIGIN, "PUT");
+        asked_of(site, 1, "patterns.test", "/v1", ORIGIN, "PUT");
+        asked_of(site, 5, "unusual.test", "/", ORIGIN, "PUT");
+        asked_of(site, 1, "unusual.test", "/", ORIGIN, "BREW");
+    }
+    for (tier, policy, outcome, reason, wanted) in [
+        ("kernel", "api", "allowed", "", 6),
+        ("kernel", "api", "denied", "origin", 4),
+        ("kernel", "api", "denied", "method", 8),
+        ("kernel", "", "passed", "no_route", 2),
+        ("kernel", "unusual", "allowed", "", 10),
+        ("kernel", "patterns", "", "", 0),
+        ("worker", "patterns", "allowed", "", 2),
+        ("worker", "unusual", "allowed", "", 2),
+        ("worker", "api", "", "", 0),
+    ] {
+        let labels = [("tier", tier), ("policy", policy), ("outcome", outcome), ("reason", reason)];
+        // Where no outcome is named, none is wanted.
+        let labels = if outcome.is_empty() { &labels[..2] } else { &labels[..] };
+        let count = || lab.metrics().count("preflightd_requests_total", labels);
+        wait_until(format_args!("{wanted} of {labels:?}"), || count() == wanted);
+    }
+    let status = lab.status();
+    let kernel = &status["steer"]["kernel"];
+    assert_eq!(kernel["on"], true, "{kernel:#}");
+    assert_eq!(kernel["generation"], status["generation"], "{kernel:#}");
+    assert_eq!(kernel["max_connections"], 65_536, "{kernel:#}");
+    assert_eq!(kernel["answers"], 28, "{kernel:#}");
+    assert_eq!((&kernel["asked"]["regex"], &kernel["asked"]["method"]), (&json!(2), &json!(2)), "{kernel:#}");
+    let table = &kernel["table"];
+    // Each host on two listeners; a path that is a pattern is none of the kernel's.
+    assert_eq!((&table["hosts"], &table["paths"]), (&json!(6), &json!(3)), "{table:#}");
+    assert_eq!((&table["origins"], &table["header_names"]), (&json!(1), &json!(2)), "{table:#}");
+    assert_eq!(table["too_large"], json!(null), "{table:#}");
+    assert_eq!(table["left_to_workers"], 2, "{table:#}");
+    let left: Vec<_> = table["left"].as_array().expect("a list").iter().map(|left| &left["policy"]).collect();
+    assert_eq!(left, ["patterns", "unusual"], "{table:#}");
+    assert!(table["left"][0]["why"].as_str().expect("words").contains("regular expression"), "{table:#}");
+    assert_eq!(lab.metrics().count("preflightd_steer_kernel_answers", &[]), 1);
 }
 
 /// Rules that could keep packets from the port: SYN-ACKs of the program would pass them by.
