@@ -23,7 +23,7 @@ fn preflights_and_then_the_proxys_requests_on_one_connection() {
         let before = lab.is_steered().then(|| (lab.flows("kernel"), lab.flows("proxy")));
         for i in 0..20 {
             let mut client = lab.connect(site);
-            for j in 0..i % 4 + 1 {
+            for j in 0..=i % 4 {
                 let response = client.exchange(allowed_preflight(&format!("/items/{j}")));
                 lab.expect_kernel(&response, format_args!("{site}, {i}, {j}"));
             }

@@ -393,7 +393,7 @@ enum Edition {
 
 impl Edition {
     fn of(change: usize) -> Self {
-        if change % 2 == 0 { Self::First } else { Self::Second }
+        if change.is_multiple_of(2) { Self::First } else { Self::Second }
     }
 
     fn max_age(self) -> &'static str {
@@ -546,7 +546,7 @@ fn ask_once(
     let count = if closes { &asked.workers } else { &asked.kernels };
     count.fetch_add(1, Ordering::Relaxed);
     asked.denied.fetch_add(u64::from(response.status == 403), Ordering::Relaxed);
-    asked.settled.fetch_add(u64::from(before == after && before % 2 == 0), Ordering::Relaxed);
+    asked.settled.fetch_add(u64::from(before == after && before.is_multiple_of(2)), Ordering::Relaxed);
     // From the change before which, to the one behind which it was asked.
     if !(before / 2..=after.div_ceil(2)).any(|change| Edition::of(change).gives(&response, method)) {
         return Err(io::Error::other(format!("{method}, phases {before} to {after}: {response:?}")));
