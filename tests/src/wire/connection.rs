@@ -222,6 +222,62 @@ impl<'w> Connection<'w> {
         self.sent += data.len() as u32 + 1;
     }
 
+    /// Sends the FIN that [`Connection::fin`] has sent again and again, as a client does, until it is acknowledged.
+    ///
+    /// # Panics
+    /// It never is.
+    pub fn persist_fin(&mut self) {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            self.settle(Duration::from_millis(100));
+            assert!(!self.reset, "{}: reset while ending", self.local());
+            if self.acked >= self.sent {
+                return;
+            }
+            assert!(Instant::now() < end, "{}: the FIN is never acknowledged", self.local());
+            self.emit(self.sent.wrapping_sub(1), ACK | FIN, &[]);
+        }
+    }
+
+    /// Sends a segment that the connection knows nothing of: far away, or by somebody else who guesses. Its numbers are
+    /// so far from what this side sends and acknowledges next.
+    pub fn forge(&self, (seq, ack): (u32, u32), flags: u8, data: &[u8]) {
+        let acknowledged = self.told.get();
+        self.told.set(self.next().wrapping_add(ack));
+        self.transmit(self.sent.wrapping_add(seq), flags, data);
+        self.told.set(acknowledged);
+    }
+
+    /// Takes what comes within `time`: bare acknowledgements that say where the connection stands, with all that was sent
+    /// and received; before the other side knows what was received, also what it sent before. Who answers a forged segment
+    /// need not know the client's clock.
+    ///
+    /// A RST that is not the next segment is nobody's end (RFC 5961 §3.2): the answer to what cannot be.
+    ///
+    /// # Panics
+    /// Anything else comes.
+    pub fn expect_acks_or_silence(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        while let Some(segment) = self.wire.next(self.port, end.saturating_duration_since(Instant::now())) {
+            let at = segment.seq.wrapping_sub(self.peer_isn()).wrapping_sub(1) as usize;
+            if segment.flags & RST != 0 && at != self.next() as usize {
+                continue;
+            }
+            let acked = segment.ack.wrapping_sub(self.isn).wrapping_sub(1);
+            let stands = segment.data.is_empty() && at == self.next() as usize && acked == self.sent;
+            let before = self.told.get() != self.next()
+                && acked <= self.sent
+                && self.received.get(at..at + segment.data.len()).is_some_and(|known| known == segment.data);
+            assert!(
+                segment.flags & !PSH == ACK && (stands || before),
+                "{}: not where it stands (received {}, sent {}): {segment:?}",
+                self.local(),
+                self.next(),
+                self.sent
+            );
+        }
+    }
+
     /// Aborts.
     pub fn rst(&self) {
         self.emit(self.sent, RST | ACK, &[]);
@@ -462,6 +518,10 @@ impl<'w> Connection<'w> {
         if self.acking {
             self.told.set(self.next());
         }
+        self.transmit(offset, flags, data);
+    }
+
+    fn transmit(&self, offset: u32, flags: u8, data: &[u8]) {
         let ack = self.peer_isn.map_or(0, |isn| isn.wrapping_add(1).wrapping_add(self.told.get()));
         let mut options = Vec::new();
         if self.timestamps {
