@@ -1,20 +1,33 @@
 //! Every case of `cases/*.json` — taken from the projects' own tests and sources — through the real daemon: preflights
 //! over sockets, configurations through `check`.
+//!
+//! Each preflight goes to a worker that listens, and where there is root also to a steered port, where the kernel answers
+//! what it can, a worker most of the rest, and the proxy what is left: the bytes must be the same, and what `explain` says.
 
-use preflightd_tests::{Behaviour, Client, Config, Daemon, Response, Upstream, daemon::run};
+use preflightd_tests::{
+    Behaviour, Client, Config, Daemon, Response, Upstream,
+    daemon::{preflightd, run},
+    site::wait_until,
+    steering::{Lab, Options, Proxy, can_run, plain},
+};
 use serde_json::{Value, json};
 use std::{
+    cell::Cell,
     fmt::Write as _,
     fs,
+    io::Write as _,
     path::Path,
+    process::Stdio,
     sync::{Arc, Mutex},
 };
+use tempfile::TempDir;
 
 /// A daemon with one policy (or more) for each host, before an upstream whose next response the test chooses.
 struct Bench {
     daemon: Daemon,
     upstream: Upstream,
     next: Arc<Mutex<Vec<u8>>>,
+    steered: Option<Steered>,
 }
 
 impl Bench {
@@ -22,9 +35,10 @@ impl Bench {
         let next = Arc::new(Mutex::new(Vec::new()));
         let response = Arc::clone(&next);
         let behaviour = Behaviour::Http(Arc::new(move |_| response.lock().expect("the response").clone()));
-        let upstream = Upstream::start(behaviour);
+        let upstream = Upstream::start(behaviour.clone());
         let daemon = Daemon::start(Config::new(upstream.address(), toml(policies)));
-        Self { daemon, upstream, next }
+        let steered = (!plain() && can_run()).then(|| Steered::start(policies, behaviour));
+        Self { daemon, upstream, next, steered }
     }
 
     /// Expects the daemon's own answer.
@@ -33,6 +47,9 @@ impl Bench {
         let response = self.send(name, request);
         assert_eq!(self.upstream.count(), before, "{name}: reached the upstream, answered {response:?}");
         assert!(response.header("date").is_some(), "{name}: an answer without Date: {response:?}");
+        if let Some(steered) = &self.steered {
+            steered.answered(name, request, &response);
+        }
         response
     }
 
@@ -57,6 +74,16 @@ impl Bench {
         assert_eq!(self.upstream.count(), before + 1, "{name}: one connection to the upstream");
         let recorded = self.upstream.ended(before).bytes;
         assert_eq!(recorded.escape_ascii().to_string(), request.escape_ascii().to_string(), "{name}");
+        if let Some(steered) = &self.steered {
+            steered.passed(name, request, response.as_bytes());
+        }
+    }
+
+    /// Expects that the kernel has given at least so many of a hundred answers.
+    fn kernel_gave(&self, least: u64) {
+        if let Some(steered) = &self.steered {
+            steered.kernel_gave(least);
+        }
     }
 
     fn send(&self, name: &str, request: &[u8]) -> Response {
@@ -64,6 +91,130 @@ impl Bench {
         client.send(request);
         client.try_response().unwrap_or_else(|e| panic!("{name}: {e}"))
     }
+}
+
+/// The same policies on a steered port, before a proxy that answers as the upstream does.
+struct Steered {
+    lab: Lab,
+    directory: TempDir,
+    /// Answered requests; and by the kernel.
+    answers: Cell<(u64, u64)>,
+}
+
+impl Steered {
+    /// The client of what is answered, and that of what passes: what a worker had to turn away goes to the proxy from
+    /// then on, and so does all with the same request line from that client.
+    const CLIENTS: [usize; 2] = [0, 1];
+
+    fn start(policies: &[Value], behaviour: Behaviour) -> Self {
+        let lab = Lab::with(Options {
+            clients: Self::CLIENTS.len(),
+            proxy: Proxy::Upstream(behaviour),
+            kernel_answers: true,
+            policies: toml(policies),
+            ..Options::default()
+        });
+        let directory = TempDir::with_prefix("cases-").expect("a directory");
+        let text = lab.toml("127.0.0.1:9000".parse().expect("an address"));
+        fs::write(directory.path().join("preflightd.toml"), text).expect("writing the configuration");
+        Self { lab, directory, answers: Cell::new((0, 0)) }
+    }
+
+    /// Expects the answer that the listening worker has given, and that `explain` knows it.
+    fn answered(&self, name: &str, request: &[u8], wanted: &Response) {
+        let [client, _] = Self::CLIENTS;
+        let report = self.explain(request);
+        assert_eq!(report["verdict"], "answered", "{name}: {report}");
+        for site in self.lab.sites_of(client) {
+            let before = self.lab.upstream().count();
+            let mut connection = self.lab.client(client).enter(|| Client::connect(site));
+            let response = connection.exchange(request);
+            assert_eq!(self.lab.upstream().count(), before, "{name}: reached the proxy: {response:?}");
+            let by_kernel = response.header("connection").is_none();
+            if by_kernel {
+                let again = connection.exchange(request);
+                assert_eq!(undated(&again), undated(&response), "{name}: again on the connection");
+            } else {
+                // A worker beside a proxy answers once.
+                connection.expect_end();
+            }
+            let got = undated(&response);
+            let mut kept = got.clone();
+            kept.retain(|line| !line.eq_ignore_ascii_case("connection: close"));
+            assert_eq!(got == kept, by_kernel, "{name} at {site}: {response:?}");
+            assert_eq!(kept, undated(wanted), "{name} at {site}, by the kernel: {by_kernel}");
+            assert_eq!(report["tier"] == "kernel", by_kernel, "{name} at {site}: {report}");
+            assert_eq!(undated_text(text(&report["answer"])), got, "{name} at {site}: {report}");
+            let (all, kernels) = self.answers.get();
+            self.answers.set((all + 1, kernels + u64::from(by_kernel)));
+        }
+    }
+
+    /// Expects that the proxy gets the very bytes, at the latest when they come again, and the client its answer.
+    fn passed(&self, name: &str, request: &[u8], wanted: &[u8]) {
+        let [_, client] = Self::CLIENTS;
+        let report = self.explain(request);
+        assert_eq!(report["verdict"], "passed", "{name}: {report}");
+        assert_ne!(report["tier"], "kernel", "{name}: {report}");
+        for site in self.lab.sites_of(client) {
+            let before = self.lab.upstream().count();
+            let exchange = || self.lab.client(client).enter(|| Client::connect(site)).exchange(request);
+            let mut response = exchange();
+            if response.status == 421 && wanted != response.raw {
+                assert_eq!(report["tier"], "worker", "{name} at {site}: turned away, and {report}");
+                response = exchange();
+            }
+            assert_eq!(
+                response.raw.escape_ascii().to_string(),
+                wanted.escape_ascii().to_string(),
+                "{name} at {site}"
+            );
+            assert_eq!(
+                self.lab.upstream().count(),
+                before + 1,
+                "{name} at {site}: one connection to the proxy"
+            );
+            let recorded = self.lab.upstream().ended(before).bytes;
+            assert_eq!(
+                recorded.escape_ascii().to_string(),
+                request.escape_ascii().to_string(),
+                "{name} at {site}"
+            );
+        }
+    }
+
+    /// What `explain` says of a request.
+    fn explain(&self, request: &[u8]) -> Value {
+        let mut command = preflightd();
+        command.args(["explain", "--raw", "--format", "json", "--config"]);
+        command.arg(self.directory.path().join("preflightd.toml"));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let mut child = command.spawn().expect("starting explain");
+        child.stdin.take().expect("its input").write_all(request).expect("writing the request");
+        let output = child.wait_with_output().expect("waiting for explain");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("explain: {e}: {output:?}"))
+    }
+
+    fn kernel_gave(&self, least: u64) {
+        let (all, kernels) = self.answers.get();
+        eprintln!("the kernel gave {kernels} of {all} answers");
+        assert!(kernels * 100 >= all * least, "the kernel gave {kernels} of {all} answers");
+        // As it says itself.
+        wait_until("the counts", || {
+            (self.lab.flows("kernel"), self.lab.flows("worker")) >= (kernels, all - kernels)
+        });
+        assert_eq!(self.lab.flows("kernel"), kernels);
+    }
+}
+
+/// The lines of an answer, but for the value of its date.
+fn undated(response: &Response) -> Vec<&str> {
+    undated_text(std::str::from_utf8(&response.raw).expect("ASCII"))
+}
+
+fn undated_text(answer: &str) -> Vec<&str> {
+    let is_date = |line: &str| line.to_ascii_lowercase().starts_with("date: ");
+    answer.split("\r\n").map(|line| if is_date(line) { &line[..6] } else { line }).collect()
 }
 
 /// The cases are a copy of the shared ones, where those are at hand.
@@ -142,6 +293,7 @@ fn envoy() {
         let request = request(&case["request"], &derived_host(i), Some(path));
         expect(&bench, name, &request, &case["expect"]);
     }
+    bench.kernel_gave(50);
 }
 
 #[test]
@@ -176,6 +328,7 @@ fn gateway_api() {
             assert_eq!(response.header(text(header)), None, "{name}: {header}");
         }
     }
+    bench.kernel_gave(75);
 }
 
 #[test]
@@ -209,6 +362,7 @@ fn ingress_nginx() {
             _ => expect(&bench, name, &request(&case["request"], &host(i), None), &case["expect"]),
         }
     }
+    bench.kernel_gave(85);
 }
 
 /// The project's end-to-end tests send GETs: those pass. A preflight of the same origin must be answered where the GET
@@ -302,6 +456,7 @@ fn native_request_headers() {
             assert_eq!(!response.cors_headers().is_empty(), accept, "{name}: {response:?}");
         }
     }
+    bench.kernel_gave(15);
 }
 
 #[test]
@@ -325,6 +480,7 @@ fn native_answer() {
         assert_eq!(answer["failure_headers"], "none");
         assert!(response.cors_headers().is_empty(), "{response:?}");
     }
+    bench.kernel_gave(100);
 }
 
 #[test]
