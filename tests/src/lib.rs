@@ -9,6 +9,7 @@
 pub mod browser;
 pub mod client;
 pub mod daemon;
+pub mod link;
 pub mod load;
 pub mod netns;
 pub mod nginx;

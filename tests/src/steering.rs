@@ -34,6 +34,7 @@ use crate::{
     Behaviour, Client, Nginx, Response, Upstream,
     client::{get, preflight},
     daemon::{Metrics, ORIGIN, POLICY, preflightd},
+    link::{Link, Trouble},
     netns::{Netns, have_root},
     site::{have, wait_until},
     wire::Wire,
@@ -60,6 +61,8 @@ pub struct Options {
     pub nginx: String,
     /// MTU of all links.
     pub mtu: u32,
+    /// What goes wrong on them.
+    pub trouble: Option<Trouble>,
     /// The daemon runs in a network namespace of its own, and is told where the node's is.
     pub outside: bool,
     /// Kernel parameters of the node, set before anything starts there.
@@ -78,6 +81,7 @@ impl Default for Options {
             toml: String::new(),
             nginx: String::new(),
             mtu: 1500,
+            trouble: None,
             outside: false,
             sysctls: &[],
         }
@@ -91,6 +95,8 @@ pub struct Lab {
     proxy: Running,
     /// Serves `/echo`.
     _backend: Upstream,
+    /// Those with trouble.
+    links: Vec<Link>,
     clients: Vec<Netns>,
     /// Where the daemon runs, if not on the node.
     outside: Option<Netns>,
@@ -121,9 +127,11 @@ impl Lab {
             node.sysctl(key, value);
         }
         let clients: Vec<_> = (0..options.clients).map(|_| Netns::new("client")).collect();
-        for (i, client) in clients.iter().enumerate() {
-            link(&node, client, i, options.mtu);
-        }
+        let links = clients
+            .iter()
+            .enumerate()
+            .filter_map(|(i, client)| link(&node, client, i, options.mtu, options.trouble))
+            .collect();
         let outside = options.outside.then(|| Netns::new("host"));
         let backend = Upstream::on(listen(&node, BACKEND, Protocol::TCP), Behaviour::echo_body());
         let pin_dir = PathBuf::from(format!(
@@ -135,6 +143,7 @@ impl Lab {
             daemon: None,
             proxy: Running::None,
             _backend: backend,
+            links,
             clients,
             outside,
             node,
@@ -181,13 +190,19 @@ impl Lab {
     /// If it cannot be made.
     pub fn add_client(&mut self) {
         let client = Netns::new("client");
-        link(&self.node, &client, self.clients.len(), self.options.mtu);
+        let link = link(&self.node, &client, self.clients.len(), self.options.mtu, self.options.trouble);
+        self.links.extend(link);
         self.clients.push(client);
     }
 
     /// The namespace of client `i`; its interface is `c0`, `c1`...
     pub fn client(&self, i: usize) -> &Netns {
         &self.clients[i]
+    }
+
+    /// The bad links, in the order of the clients.
+    pub fn links(&self) -> &[Link] {
+        &self.links
     }
 
     /// The address of client `i` that belongs to the site's IP version.

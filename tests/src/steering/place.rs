@@ -10,7 +10,11 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{netns::Netns, wire::Mac};
+use crate::{
+    link::{Link, Trouble},
+    netns::Netns,
+    wire::Mac,
+};
 
 /// The addresses of a link between a client and the node, IPv4 and IPv6.
 pub(super) struct Addresses {
@@ -33,24 +37,32 @@ pub(super) fn addresses(i: usize) -> Addresses {
     Addresses { node: host(1), client: host(2), wire: host(3), macs: (mac(2), mac(1)) }
 }
 
-/// Links client `i` to the node and tells the node where the wire's addresses are.
-pub(super) fn link(node: &Netns, client: &Netns, i: usize, mtu: u32) {
+/// Links client `i` to the node, by a bad link where there is to be trouble, and tells the node where the wire's addresses
+/// are.
+pub(super) fn link(
+    node: &Netns,
+    client: &Netns,
+    i: usize,
+    mtu: u32,
+    trouble: Option<Trouble>,
+) -> Option<Link> {
     let Addresses { node: n, client: c, wire, macs } = addresses(i);
     let with_length = |a: [IpAddr; 2]| [format!("{}/24", a[0]), format!("{}/64", a[1])];
     let (at_node, at_client) = (with_length(n), with_length(c));
-    node.link(
-        &format!("n{i}"),
-        &[&at_node[0], &at_node[1]],
-        client,
-        &format!("c{i}"),
-        &[&at_client[0], &at_client[1]],
-    );
+    let (at_node, at_client) = (at_node.each_ref().map(|a| &**a), at_client.each_ref().map(|a| &**a));
+    let (node_end, client_end) = (format!("n{i}"), format!("c{i}"));
+    let bad = trouble
+        .map(|trouble| Link::new([(node, &node_end, &at_node), (client, &client_end, &at_client)], trouble));
+    if bad.is_none() {
+        node.link(&node_end, &at_node, client, &client_end, &at_client);
+    }
     let text = |mac: Mac| mac.map(|byte| format!("{byte:02x}")).join(":");
     client.ip(&format!("link set c{i} address {} mtu {mtu}", text(macs.0)));
     node.ip(&format!("link set n{i} address {} mtu {mtu}", text(macs.1)));
     for address in wire {
         node.ip(&format!("neighbour replace {address} lladdr {} dev n{i} nud permanent", text(macs.0)));
     }
+    bad
 }
 
 /// A listening socket in a namespace; on `[::]` for both IP versions.
