@@ -16,6 +16,7 @@ use preflightd_tests::{
     },
     wire::{Connection, Offer, Shape, flag},
 };
+use socket2::SockRef;
 
 /// Longer than the kernel's pause between two answers to segments outside of the window (500 ms).
 const ANSWERED_AGAIN: Duration = Duration::from_millis(600);
@@ -370,6 +371,32 @@ fn a_lost_acknowledgement() {
     });
 }
 
+/// A client that does not wait for the answer, and has lost it: it is still there when it asks again.
+#[test]
+fn a_lost_answer_and_the_next_request_in_front_of_the_retransmit() {
+    on_each_site(options(), |lab, site| {
+        let wire = lab.wire(site);
+        let request = allowed_preflight("/x");
+        for next in [allowed_preflight("/z"), get(HOST, "/y")] {
+            let mut connection = wire.connect(Offer::LINUX);
+            let answer = lose_answer(lab, &mut connection, &request, 0);
+            connection.send(&next);
+            connection.settle(A_MOMENT);
+            get_again(&mut connection, &request, 0, &answer);
+            assert!(!connection.was_reset(), "{site}");
+            connection.acking = true;
+            connection.persist(&[&*request, &*next].concat());
+            let response = connection.expect_response();
+            if next.starts_with(b"GET") {
+                check_get(&response, "/y");
+            } else {
+                lab.expect_kernel(&response, site);
+            }
+            connection.close();
+        }
+    });
+}
+
 /// A client that has lost the answer, and has more to say, sends both at once.
 #[test]
 fn a_lost_answer_and_the_next_request_behind_the_retransmit() {
@@ -557,56 +584,9 @@ fn a_half_close_and_a_lost_answer() {
 /// A reset at any time leaves nothing behind: its ports are free for the next connection at once.
 #[test]
 fn a_reset_at_each_stage() {
-    type Stage = fn(&Lab, &mut Connection<'_>);
-    let stages: [(&str, Stage); 9] = [
-        ("the SYN-ACK is out", |_, connection| {
-            connection.syn();
-            connection.expect_syn_ack();
-        }),
-        ("connected", |_, connection| {
-            connection.handshake();
-        }),
-        ("answered, not acknowledged", |lab, connection| {
-            connection.handshake();
-            lose_answer(lab, connection, &allowed_preflight("/x"), 0);
-        }),
-        ("answered", |lab, connection| {
-            connection.handshake();
-            kernel(lab, connection, "/x");
-        }),
-        ("answered twice", |lab, connection| {
-            connection.handshake();
-            kernel(lab, connection, "/x");
-            kernel(lab, connection, "/x");
-        }),
-        ("answered, then a part of a request", |lab, connection| {
-            connection.handshake();
-            kernel(lab, connection, "/x");
-            connection.send("GET ");
-            connection.expect_acked(allowed_preflight("/x").len() as u32 + 4);
-        }),
-        ("handed over", |lab, connection| {
-            connection.handshake();
-            kernel(lab, connection, "/x");
-            go_on(connection);
-        }),
-        ("its end is out, not acknowledged", |lab, connection| {
-            connection.handshake();
-            kernel(lab, connection, "/x");
-            connection.acking = false;
-            connection.fin([]);
-            connection.expect_fin();
-        }),
-        ("the kernel's end is out", |_, connection| {
-            connection.handshake();
-            let response = exchange(connection, &closing_preflight());
-            assert_eq!(response.header("connection"), Some("close"), "{response:?}");
-            connection.expect_fin();
-        }),
-    ];
     on_each_site(options(), |lab, site| {
         let wire = lab.wire(site);
-        for (name, stage) in stages {
+        for (name, stage) in STAGES {
             eprintln!("{name}");
             for next in [allowed_preflight("/x"), get(HOST, "/y")] {
                 let mut connection = wire.connection_from(40_000, Offer::LINUX);
@@ -624,6 +604,109 @@ fn a_reset_at_each_stage() {
                 connection.rst();
             }
         }
+    });
+}
+
+/// A client that knows nothing of its connection any more, or another one behind the same address, begins anew: it is told
+/// where the old one stands, resets it, and is served.
+#[test]
+fn the_same_ports_while_the_connection_lasts() {
+    on_each_site(options(), |lab, site| {
+        let wire = lab.wire(site);
+        for (name, stage) in STAGES {
+            eprintln!("{name}");
+            // The earlier one's is 2^31: higher, lower.
+            for isn in [(1 << 31) + (1 << 24), 1 << 30] {
+                let case = format!("{site}, {name}, {isn}");
+                let mut connection = wire.connection_from(42_000, Offer::LINUX);
+                connection.start_at(1 << 31);
+                stage(lab, &mut connection);
+                connection.settle(A_MOMENT);
+                let mut connection = wire.connection_from(42_000, Offer::LINUX);
+                connection.start_at(isn);
+                connection.handshake_anew();
+                lab.expect_kernel(&exchange(&mut connection, &allowed_preflight("/x")), &case);
+                go_on(&mut connection);
+                connection.rst();
+            }
+        }
+    });
+}
+
+/// How far a connection has come.
+type Stage = fn(&Lab, &mut Connection<'_>);
+
+const STAGES: [(&str, Stage); 9] = [
+    ("the SYN-ACK is out", |_, connection| {
+        connection.syn();
+        connection.expect_syn_ack();
+    }),
+    ("connected", |_, connection| {
+        connection.handshake();
+    }),
+    ("answered, not acknowledged", |lab, connection| {
+        connection.handshake();
+        lose_answer(lab, connection, &allowed_preflight("/x"), 0);
+    }),
+    ("answered", |lab, connection| {
+        connection.handshake();
+        kernel(lab, connection, "/x");
+    }),
+    ("answered twice", |lab, connection| {
+        connection.handshake();
+        kernel(lab, connection, "/x");
+        kernel(lab, connection, "/x");
+    }),
+    ("answered, then a part of a request", |lab, connection| {
+        connection.handshake();
+        kernel(lab, connection, "/x");
+        connection.send("GET ");
+        connection.expect_acked(allowed_preflight("/x").len() as u32 + 4);
+    }),
+    ("handed over", |lab, connection| {
+        connection.handshake();
+        kernel(lab, connection, "/x");
+        go_on(connection);
+    }),
+    ("its end is out, not acknowledged", |lab, connection| {
+        connection.handshake();
+        kernel(lab, connection, "/x");
+        connection.acking = false;
+        connection.fin([]);
+        connection.expect_fin();
+    }),
+    ("the kernel's end is out", |_, connection| {
+        connection.handshake();
+        let response = exchange(connection, &closing_preflight());
+        assert_eq!(response.header("connection"), Some("close"), "{response:?}");
+        connection.expect_fin();
+    }),
+];
+
+/// A client's kernel that has given up a connection whose answer it never got says so, and is believed: no two machines go
+/// on about it for ever.
+#[test]
+fn an_aborted_connection_falls_silent() {
+    on_each_site(options(), |lab, site| {
+        if !lab.is_steered() {
+            return;
+        }
+        // Answers are lost, all else arrives.
+        lab.client(0).nft("add table inet lossy");
+        lab.client(0).nft("add chain inet lossy in { type filter hook prerouting priority -300; }");
+        lab.client(0).nft("add rule inet lossy in tcp sport 80 tcp flags psh drop");
+        let answers = |event| lab.metrics().count("preflightd_steer_events_total", &[("event", event)]);
+        let before = answers("kernel_answer");
+        let mut client = lab.connect(site);
+        client.send(allowed_preflight("/x"));
+        wait_until("the answer that is lost", || answers("kernel_answer") > before);
+        client.half_close();
+        // Closing means a RST from now on, here behind the FIN.
+        let socket = SockRef::from(client.stream());
+        socket.set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
+        drop(client);
+        wait_until("its entry to go", || lab.metrics().count("preflightd_steer_answered", &[]) == 0);
+        lab.client(0).nft("delete table inet lossy");
     });
 }
 
@@ -686,6 +769,39 @@ fn a_preflight_and_a_get_in_one_segment() {
             check_get(&connection.expect_response(), "/y");
             go_on(&mut connection);
             connection.close();
+        }
+    });
+}
+
+/// The next request comes before the answer to the one before is acknowledged: all are answered, in order.
+#[test]
+fn requests_that_do_not_wait_for_answers() {
+    on_each_site(options(), |lab, site| {
+        let requests =
+            [allowed_preflight("/1"), allowed_preflight("/2"), allowed_preflight("/3"), get(HOST, "/y")];
+        let all = requests.concat();
+        let check = |response: Response, at: usize| match at {
+            0 => lab.expect_kernel(&response, site),
+            3 => check_get(&response, "/y"),
+            _ => expect_any(lab, &response, format_args!("{site}, {at}")),
+        };
+        let wire = lab.wire(site);
+        let mut connection = wire.connect(Offer::LINUX);
+        for request in &requests {
+            connection.send(request);
+        }
+        connection.persist(&all);
+        for at in 0..requests.len() {
+            check(connection.expect_response(), at);
+        }
+        connection.close();
+
+        let mut client = lab.connect(site);
+        for request in &requests {
+            client.send(request);
+        }
+        for at in 0..requests.len() {
+            check(client.response(), at);
         }
     });
 }

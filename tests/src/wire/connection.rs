@@ -156,6 +156,32 @@ impl<'w> Connection<'w> {
         segment
     }
 
+    /// SYN, SYN-ACK, ACK from a port on which the other side knows of an earlier connection: what belongs to that is
+    /// answered by a RST, as a host does that knows nothing of it (RFC 9293 §3.10.7.3). Gives how often.
+    ///
+    /// # Panics
+    /// The other side never takes it.
+    pub fn handshake_anew(&mut self) -> usize {
+        let mut resets = 0;
+        for _ in 0..5 {
+            self.syn();
+            let limit = resets + 5;
+            while let Some(segment) = self.wire.next(self.port, Duration::from_millis(100)) {
+                if segment.flags & SYN != 0 {
+                    self.take_syn_ack(&segment);
+                    self.ack();
+                    return resets;
+                }
+                if segment.flags & RST == 0 {
+                    assert!(resets < limit, "{}: does not believe a RST: {segment:?}", self.local());
+                    self.transmit(segment.ack.wrapping_sub(self.isn).wrapping_sub(1), RST, &[]);
+                    resets += 1;
+                }
+            }
+        }
+        panic!("{}: no SYN-ACK after {resets} resets", self.local());
+    }
+
     /// Acknowledges everything that came.
     pub fn ack(&self) {
         self.told.set(self.next());
