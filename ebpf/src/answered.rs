@@ -35,7 +35,10 @@ pub(crate) fn segment(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answe
         return NEXT;
     }
     if packet.flags & flags::RST != 0 {
-        if offset != 0 {
+        // Where we have said that we stand, too: a client that knows nothing of the connection resets just there, and what
+        // is answered by an acknowledgement again goes on for ever.
+        let told = answered.acknowledged == 0 && offset.wrapping_add(answered.request) == 0;
+        if offset != 0 && !told {
             // Anybody can send a reset; who means it says it again (RFC 5961 §3.2).
             return acknowledge(skb, packet, answered);
         }
