@@ -1,8 +1,8 @@
 //! Preflights that the kernel answers, on connections that then become the proxy's: by the sockets of a real kernel.
 
 use std::{
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     thread,
     time::Duration,
 };
@@ -10,8 +10,11 @@ use std::{
 use preflightd_tests::{
     client::{get, preflight},
     site::{PATIENCE, wait_until},
-    steering::{HOST, Lab, Options, allowed_preflight, big, check_get, expect_proxy, on_each_site},
+    steering::{
+        HOST, Lab, Options, Proxy, allowed_preflight, big, can_run, check_get, expect_proxy, on_each_site,
+    },
 };
+use socket2::{Domain, Protocol, Socket, Type};
 
 fn options() -> Options {
     Options { kernel_answers: true, ..Options::default() }
@@ -129,6 +132,93 @@ fn a_body_of_preflights_is_a_body() {
             let response = client.response();
             expect_proxy(&response, &case);
             assert!(response.status == 200 && response.body == body, "{case}: {response:?}");
+        }
+    });
+}
+
+/// The proxy is gone for a while: preflights are answered, other requests refused as on any port that nobody listens on, and
+/// who waits is served by the proxy that comes back.
+#[test]
+fn connections_outlive_the_proxy() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::with(options());
+    if !lab.is_steered() {
+        return;
+    }
+    lab.wait_kernel();
+    let mut open: Vec<_> = (0..40)
+        .map(|i| {
+            let site = lab.sites()[i % 2];
+            (format!("{site}, {i}"), lab.connect(site))
+        })
+        .collect();
+    for (case, client) in &mut open {
+        lab.expect_kernel(&client.exchange(allowed_preflight("/x")), format_args!("{case}, before"));
+    }
+    lab.stop_proxy();
+    for (i, (case, client)) in open.iter_mut().enumerate() {
+        lab.expect_kernel(&client.exchange(allowed_preflight("/x")), format_args!("{case}, no proxy"));
+        if i % 4 < 2 {
+            client.send(get(HOST, "/nobody"));
+            let error = client.try_response().expect_err("nobody is there to answer");
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{case}: {error}");
+        }
+    }
+    lab.start_proxy();
+    for (_, (case, client)) in open.iter_mut().enumerate().filter(|(i, _)| i % 4 >= 2) {
+        lab.expect_kernel(&client.exchange(allowed_preflight("/x")), format_args!("{case}, a new proxy"));
+        check_get(&client.exchange(get(HOST, "/y")), "/y");
+    }
+}
+
+/// The proxy accepts nothing for a while, and its queue is full: connections that are its own now wait, as without us.
+#[test]
+fn connections_wait_for_a_busy_proxy() {
+    const CONNECTIONS: usize = 150;
+    if !can_run() {
+        return;
+    }
+    let lab = Lab::with(Options { proxy: Proxy::None, ..options() });
+    if !lab.is_steered() {
+        return;
+    }
+    let busy = lab.node().enter(|| {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
+        socket.set_only_v6(false).expect("IPV6_V6ONLY");
+        let everywhere = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 80);
+        socket.bind(&everywhere.into()).expect("port 80");
+        socket.listen(64).expect("listening");
+        TcpListener::from(socket)
+    });
+    // Not by asking: who is not answered by the kernel would wait in the queue.
+    let mut open: Vec<_> = (0..CONNECTIONS).map(|i| lab.connect(lab.sites()[i % 2])).collect();
+    for (i, client) in open.iter_mut().enumerate() {
+        lab.expect_kernel(&client.exchange(allowed_preflight("/x")), i);
+    }
+    for client in &mut open {
+        client.send(get(HOST, "/y"));
+    }
+    let full = || lab.metrics().count("preflightd_steer_events_total", &[("event", "proxy_full")]);
+    wait_until("the proxy's queue to be full", || full() > 0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..CONNECTIONS {
+                let (mut stream, peer) = busy.accept().expect("a connection");
+                stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+                let mut request = vec![0; get(HOST, "/y").len()];
+                stream.read_exact(&mut request).unwrap_or_else(|e| panic!("{peer}: {e}"));
+                assert_eq!(
+                    request,
+                    get(HOST, "/y"),
+                    "{peer}: the proxy gets what is its own, and no preflight"
+                );
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").expect("answering");
+            }
+        });
+        for (i, client) in open.iter_mut().enumerate() {
+            assert_eq!(client.response().status, 200, "{i}");
         }
     });
 }
