@@ -8,7 +8,9 @@ use crate::{
     http::{Head, HeadLimits, HeadReader, PreflightHead, date},
     policy::{
         Connection as Persistence, Decision, DenyReason, ListenerId, Outcome, PolicySpec, Preflight, RouteId,
-        SourceRef, Table, Trace, kernel::Tier, labels::RouteLabel,
+        SourceRef, Table, Trace,
+        kernel::{KernelTable, Tier},
+        labels::RouteLabel,
     },
     reason::PassReason,
 };
@@ -160,11 +162,12 @@ fn tier(context: &Context<'_>, bytes: &[u8]) -> Option<Tier> {
     if !context.steered {
         return None;
     }
-    if !context.kernel_answers {
-        return Some(Tier::Worker(ask::Off));
-    }
-    let table = context.table.for_kernel(&[context.listener]);
-    Some(table.tier(context.listener, bytes, context.limits.max_bytes))
+    let off = KernelTable::default();
+    let table = if context.kernel_answers { context.table.for_kernel(&[context.listener]) } else { off };
+    Some(match table.tier_of_any(context.listener, bytes, context.limits.max_bytes) {
+        Tier::Worker(_) if !context.kernel_answers => Tier::Worker(ask::Off),
+        tier => tier,
+    })
 }
 
 impl Report {
@@ -189,6 +192,11 @@ fn decide(context: &Context<'_>, head: &PreflightHead<'_>, tier: Option<Tier>, r
     report.steps = steps.0;
     match decision {
         Decision::Pass(reason, route) => {
+            if context.steered && reason == PassReason::NoHost {
+                // Workers get only the hosts of policies.
+                Tier::Proxy.name().clone_into(&mut report.tier);
+                report.tier_words = Tier::Proxy.words();
+            }
             report.route = matched(context, route);
             passed(context, report, reason);
         }

@@ -182,6 +182,12 @@ impl Hosts {
         }
     }
 
+    /// Where the regular expressions of an entry lead.
+    pub(super) fn regex_targets(&self, entry: u32) -> impl Iterator<Item = Target> {
+        let regexes = self.entries[entry as usize].regexes.iter();
+        regexes.flat_map(|regexes| regexes.targets.iter().copied())
+    }
+
     /// Whether an entry has regular expressions.
     pub(super) fn has_regexes(&self, entry: u32) -> bool {
         self.entries[entry as usize].regexes.is_some()

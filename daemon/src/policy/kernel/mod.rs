@@ -16,6 +16,7 @@ use preflightd_common::{
     },
     decide::{Decide, decide, verdict},
     head,
+    preflight::Scan,
     words::{Buffer, LOOKED_AT},
 };
 use std::{collections::BTreeMap, sync::Arc};
@@ -55,7 +56,7 @@ pub struct Summary {
 pub enum Tier {
     /// It answers: number of the template.
     Kernel(u32),
-    /// It gives the request to the proxy.
+    /// It gives the request to the proxy: by the table, or since no worker could answer it.
     Proxy,
     /// It leaves the request to a worker: why, a slot of [`ask`].
     Worker(u32),
@@ -75,7 +76,7 @@ impl Tier {
     pub fn words(self) -> String {
         match self {
             Tier::Kernel(_) => "the kernel answers, and the connection stays open".to_owned(),
-            Tier::Proxy => "the kernel decides that it is the proxy's".to_owned(),
+            Tier::Proxy => "the kernel gives it to the proxy".to_owned(),
             Tier::Worker(why) => format!("not the kernel, for {}", asked_words(why)),
         }
     }
@@ -113,8 +114,26 @@ fn asked_words(why: u32) -> &'static str {
     }
 }
 
+/// Whether bytes look like a preflight that a worker may answer, its host being known.
+fn is_for_workers(bytes: &[u8]) -> bool {
+    let mut buffer: Buffer = [0; 2112];
+    let length = bytes.len().min(LOOKED_AT);
+    buffer[..length].copy_from_slice(&bytes[..length]);
+    let mut scan = Scan::new(length as u32);
+    while scan.step(&buffer) {}
+    bytes.starts_with(b"OPTIONS /") && scan.may_be_answered(u32::try_from(bytes.len()).unwrap_or(u32::MAX))
+}
+
 impl KernelTable {
-    /// What the kernel would do with the first bytes of a request, `limit`: of its head.
+    /// What the kernel would do with the first bytes of a request to a host that some policy has; `limit`: of its head.
+    pub fn tier_of_any(&self, listener: ListenerId, bytes: &[u8], limit: usize) -> Tier {
+        match self.tier(listener, bytes, limit) {
+            Tier::Worker(_) if !is_for_workers(bytes) => Tier::Proxy,
+            tier => tier,
+        }
+    }
+
+    /// The same of a preflight that would be a worker's, if not the kernel's.
     pub fn tier(&self, listener: ListenerId, bytes: &[u8], limit: usize) -> Tier {
         self.decide(listener, bytes, limit).map_or_else(Tier::Worker, |decided| match decided.verdict {
             verdict::ANSWER => Tier::Kernel(decided.template),
@@ -249,8 +268,8 @@ impl<'t> Build<'t> {
             }
             HostEntry::Any(entry) => {
                 self.host(term::ANY_HOST, of, b"", hosts, base, entry);
-                // Its own addresses count as any host, unless a policy lists them.
-                for literal in own.literals() {
+                // Its own addresses count as any host, unless a policy lists them; those of IPv6 have many spellings.
+                for literal in own.literals().filter(|literal| !literal.starts_with(b"[")) {
                     if key(term::HOST, of, literal).is_some_and(|key| !self.made.terms.contains_key(&key)) {
                         self.host(term::HOST, of, literal, hosts, base, entry);
                     }
@@ -264,6 +283,9 @@ impl<'t> Build<'t> {
         let regex = hosts.has_regexes(entry);
         if regex {
             routes.flags |= routes_flags::REGEX;
+            for target in hosts.regex_targets(entry) {
+                self.leave(target, "its host has paths by regular expression");
+            }
         }
         hosts.each_route(entry, |exact, path, target| {
             if regex {
