@@ -144,6 +144,10 @@ pub mod config_flags {
     pub const ROUTES_V6: u32 = 256;
     /// The program answers by itself what `TERMS` decide.
     pub const ANSWERS: u32 = 512;
+    /// `ANSWERED` is half full.
+    pub const HALF_FULL: u32 = 1024;
+    /// `ANSWERED` is nearly full.
+    pub const CROWDED: u32 = 2048;
 }
 
 /// Nanoseconds after which a heartbeat is stale.
@@ -256,8 +260,12 @@ pub mod expiry {
     pub const OBSERVED: u32 = ticks(120);
     /// The kernel's.
     pub const GIVEN: u32 = ticks(60);
-    /// Longer than any browser keeps an idle connection (Chrome: five minutes).
-    pub const OPEN: u32 = ticks(600);
+    /// While there is room: longer than anybody keeps an idle connection, for its end cannot be told to the client.
+    pub const OPEN: u32 = ticks(6 * 3600);
+    /// With [`super::config_flags::HALF_FULL`]: longer than any browser keeps one (Chrome: five minutes).
+    pub const OPEN_HALF_FULL: u32 = ticks(600);
+    /// With [`super::config_flags::CROWDED`].
+    pub const OPEN_CROWDED: u32 = ticks(120);
     /// As long as Linux waits for the other side's FIN (`tcp_fin_timeout`).
     pub const ENDING: u32 = ticks(60);
     /// The client sends its FIN again, if it has not got ours.
@@ -537,13 +545,14 @@ slots! {
         Challenge = "challenge",
         /// Acknowledgements of a SYN-ACK, dropped: the connection waits for its first data.
         Ack = "ack",
-        /// TCP keepalives of clients that have not spoken yet, answered.
+        /// TCP keepalives of clients that nobody else has, answered.
         Keepalive = "keepalive",
         /// Data behind the first segment that came before it, dropped: the client sends it again.
         OutOfOrder = "out_of_order",
-        /// Segments of a deferred connection with impossible numbers: left to the kernel, which resets.
+        /// Segments of a connection that is ours with impossible numbers: left to the kernel, which resets, or answered by an
+        /// acknowledgement if it was answered on.
         BadNumbers = "bad_numbers",
-        /// Connections that ended by the client before they were given to anybody.
+        /// Connections that the client reset while they were ours.
         ClientReset = "client_reset",
         /// Connections that were given to a listener a second time, as the kernel had no room at first.
         GivenAgain = "given_again",
@@ -579,7 +588,7 @@ slots! {
         KernelAnswerGone = "kernel_answer_gone",
         /// Connections that the program has answered on, and then given to a worker or the proxy.
         HandedOver = "handed_over",
-        /// Ends of such connections that were answered.
+        /// Ends of such connections that were answered; a resent one counts.
         KernelEnd = "kernel_end",
         /// Entries made in `ANSWERED`.
         AnsweredInserted = "answered_inserted",

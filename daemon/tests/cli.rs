@@ -362,8 +362,8 @@ fn explains_what_a_steered_listener_answers() {
     // The kernel keeps the connection, a worker beside the proxy ends it.
     for (file, closes, whose) in [
         ("good.toml", false, "upstream"),
-        ("steered.toml", false, "proxy's"),
-        ("by_workers.toml", true, "proxy's"),
+        ("steered.toml", false, "to the proxy"),
+        ("by_workers.toml", true, "to the proxy"),
     ] {
         let explain = |request: &str| {
             let got = files.run_with(&["explain", "--config", file, "--raw", "--format", "json"], request);
@@ -398,7 +398,7 @@ fn explains_which_tier_decides() {
         ("host in capitals", "steered", "web", with("api", "API"), "worker", "its host", "answered"),
         ("long head", "steered", "web", long, "worker", "longer", "answered"),
         ("unusual method", "steered", "web", with("PUT", "BREW"), "worker", "method", "answered"),
-        ("no such path", "steered", "web", with("/v1", "/v2"), "proxy", "the proxy's", "passed"),
+        ("no such path", "steered", "web", with("/v1", "/v2"), "proxy", "to the proxy", "passed"),
         ("switched off", "by_workers", "web", preflight.to_owned(), "worker", "off", "answered"),
         ("not steered", "steered", "internal", preflight.to_owned(), "worker", "", "answered"),
     ] {

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use preflightd_common::{
-    abi::{Config, DATE, MAX_TEXT, Template, ask, config_flags, options},
+    abi::{Config, DATE, MAX_DATES, MAX_TEXT, Template, ask, config_flags, options},
     decide::{self, verdict, wants},
     head::{self, seal},
     tcp::{flags, fold, sum_at},
@@ -70,6 +70,7 @@ pub(crate) fn read_head(scratch: &mut Scratch, length: u32) -> bool {
 #[inline(never)]
 pub(crate) fn judge(skb: *mut __sk_buff, packet: &Packet, config: &Config, now: u64) -> u32 {
     if config.flags & config_flags::ANSWERS == 0 || config.generation == 0 {
+        maps::count_asked(ask::Off);
         return verdict::ASK;
     }
     let (Some(scratch), Some(service)) = (maps::scratch(), maps::service(&packet.flow)) else {
@@ -113,7 +114,9 @@ pub(crate) fn measure(template: Template, second: u32) -> bool {
     else {
         return false;
     };
-    if date.second != second {
+    // One that is about to be replaced counts for gone.
+    let age = maps::config().map_or(0, |config| config.second.wrapping_sub(second));
+    if date.second != second || age > MAX_DATES - 4 {
         return false;
     }
     let mut length = pieces.front_length;

@@ -51,15 +51,22 @@ pub(crate) fn segment(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answe
         return SHOT;
     }
     let next = answered.pending.server_isn.wrapping_add(1);
-    if packet.ack == next {
+    let unknown = next.wrapping_sub(packet.ack);
+    if unknown == 0 {
         answered.acknowledged = 1;
+    } else if answered.acknowledged == 0 && unknown < answered.answer {
+        // A part of an answer, which somebody on the way has cut. The rest it never asks for: its request is acknowledged.
+        return gone(skb, packet, answered);
     } else if packet.ack != next.wrapping_sub(answered.answer) || answered.acknowledged != 0 {
         // Of what was never sent, or long since acknowledged.
         maps::count(event::BadNumbers);
         return acknowledge(skb, packet, answered);
     }
     let now = maps::now();
-    answered.pending.touched = (now >> TICK_SHIFT) as u32;
+    if offset != u32::MAX {
+        // Not by TCP keepalives: whoever has nothing to say makes room in time.
+        answered.pending.touched = (now >> TICK_SHIFT) as u32;
+    }
     if stage == stage::ENDED {
         if packet.ack == next {
             maps::forget_answered(&packet.flow);
@@ -214,7 +221,7 @@ fn next_request(
     config: &Config,
     now: u64,
 ) -> i32 {
-    let mut first = 0_u64;
+    let (mut first, mut passed) = (0_u64, false);
     if packet.data > 8
         && packet::load(skb, packet.data_at(), &mut first)
         && first == u64::from_ne_bytes(*preflight::METHOD)
@@ -226,7 +233,7 @@ fn next_request(
                 return verdict;
             }
         } else if judged == verdict::PROXY {
-            maps::count_outcome();
+            passed = true;
         } else if maps::may_wait(config, &packet.flow, now) && whose::may_be_answered(skb, packet) {
             let taken = whose::give_to_worker(skb, packet, &mut answered.pending, now);
             if taken != whose::NOBODY {
@@ -238,6 +245,9 @@ fn next_request(
     let verdict = whose::give_to_proxy(skb, packet, &mut answered.pending);
     if answered.pending.stage == stage::GIVEN {
         maps::count(event::HandedOver);
+        if passed {
+            maps::count_outcome();
+        }
     } else if verdict == NEXT {
         // Nobody listens any more, and the kernel says so.
         maps::forget_answered(&packet.flow);
@@ -348,15 +358,12 @@ fn again(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) -> i32 {
         && answer::measure(answered.template, answered.second)
         && scratch.body.length + close == answered.answer
         && scratch.body.sum == answered.sum;
+    if !same {
+        return gone(skb, packet, answered);
+    }
     let ts = stamps(skb, packet);
     reply(packet, &answered.pending, scratch, ts);
     scratch.reply.seq = scratch.reply.seq.wrapping_sub(answered.answer);
-    if !same {
-        maps::count(event::KernelAnswerGone);
-        reset(scratch);
-        maps::forget_answered(&packet.flow);
-        return send(skb, packet, scratch);
-    }
     scratch.reply.flags |= flags::PSH;
     if close != 0 {
         scratch.reply.flags |= flags::FIN;
@@ -369,6 +376,19 @@ fn again(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) -> i32 {
             verdict
         }
     }
+}
+
+/// Something that was sent is gone: the client learns it, and may begin anew.
+#[inline(never)]
+fn gone(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) -> i32 {
+    let ts = stamps(skb, packet);
+    let Some(scratch) = maps::scratch() else { return SHOT };
+    reply(packet, &answered.pending, scratch, ts);
+    scratch.reply.seq = packet.ack;
+    reset(scratch);
+    maps::count(event::KernelAnswerGone);
+    maps::forget_answered(&packet.flow);
+    send(skb, packet, scratch)
 }
 
 /// A SYN for such a connection. True: it makes way for a new one.

@@ -184,8 +184,8 @@ fn answer_syn(
         server_isn,
         touched: tick,
         mss,
-        client_scale: scale,
-        server_scale: config.window_scale as u8,
+        client_scale: scaled(agreed, scale),
+        server_scale: scaled(agreed, config.window_scale as u8),
         options: agreed,
         stage: stage::DEFERRED,
         row: service.row as u16,
@@ -292,6 +292,12 @@ fn challenge(skb: *mut __sk_buff, packet: &Packet, config: &Config, pending: &Pe
             verdict
         }
     }
+}
+
+/// A window scale, if both sides scale.
+#[inline(always)]
+pub(crate) fn scaled(agreed: u8, scale: u8) -> u8 {
+    if agreed & options::WINDOW_SCALE == 0 { 0 } else { scale }
 }
 
 /// Options that both sides want, as [`options`].

@@ -220,7 +220,7 @@ fn write_tcp(packet: &Packet) -> u32 {
         whole += u64::from(scratch.new[i]);
         i += 1;
     }
-    scratch.whole = (whole & 0xffff_ffff) + (whole >> 32);
+    scratch.whole = u64::from(fold(whole));
     let [high, low] = (pseudo as u16).to_ne_bytes();
     scratch.new[4] = u32::from_ne_bytes([high, low, 0, 0]);
     remembered(scratch, header)

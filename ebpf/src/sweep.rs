@@ -2,19 +2,30 @@
 
 use aya_ebpf::helpers::{bpf_for_each_map_elem, bpf_map_delete_elem};
 use core::ffi::c_void;
-use preflightd_common::abi::{Answered, Flow, Pending, TICK_SHIFT, expiry, stage, swept};
+use preflightd_common::abi::{Answered, Flow, Pending, TICK_SHIFT, config_flags, expiry, stage, swept};
 
 use crate::maps;
 
 struct Sweep {
     now: u32,
+    /// How long a connection that the program has answered on may idle.
+    open: u32,
     counts: [u32; swept::SLOTS as usize],
 }
 
 /// Looks at each entry once.
 #[inline(always)]
 pub(crate) fn sweep() {
-    let mut sweep = Sweep { now: (maps::now() >> TICK_SHIFT) as u32, counts: [0; swept::SLOTS as usize] };
+    let flags = maps::config().map_or(0, |config| config.flags);
+    let open = if flags & config_flags::CROWDED != 0 {
+        expiry::OPEN_CROWDED
+    } else if flags & config_flags::HALF_FULL != 0 {
+        expiry::OPEN_HALF_FULL
+    } else {
+        expiry::OPEN
+    };
+    let mut sweep =
+        Sweep { now: (maps::now() >> TICK_SHIFT) as u32, open, counts: [0; swept::SLOTS as usize] };
     // SAFETY: the helper calls `visit` with the map, key and value of each entry, and the pointer to `sweep`.
     unsafe {
         bpf_for_each_map_elem(
@@ -76,7 +87,7 @@ unsafe extern "C" fn visit_answered(
         let sweep = &mut *sweep;
         let pending = &(*value).pending;
         let limit = match pending.stage {
-            stage::OPEN => expiry::OPEN,
+            stage::OPEN => sweep.open,
             stage::ENDING => expiry::ENDING,
             stage::ENDED => expiry::ENDED,
             _ => expiry::GIVEN,

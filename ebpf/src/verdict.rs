@@ -161,8 +161,11 @@ fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &C
     }
     if judged == verdict::PROXY {
         maps::count_port(row, kind::Preflight);
-        maps::count_outcome();
-        return give_to_proxy(skb, packet, pending);
+        let verdict = give_to_proxy(skb, packet, pending);
+        if pending.stage == stage::GIVEN {
+            maps::count_outcome();
+        }
+        return verdict;
     }
     if may_be_answered(skb, packet) {
         opens = kind::Preflight;
@@ -289,7 +292,7 @@ fn evicted(skb: *mut __sk_buff, packet: &Packet, config: &Config) -> i32 {
         touched: (now >> TICK_SHIFT) as u32,
         mss: good.mss,
         client_scale: good.scale,
-        server_scale: config.window_scale as u8,
+        server_scale: handshake::scaled(good.options, config.window_scale as u8),
         options: good.options | sent.present & options::TIMESTAMPS,
         stage: stage::ACKNOWLEDGED,
         row: service.row as u16,

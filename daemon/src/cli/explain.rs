@@ -55,12 +55,16 @@ fn explain_files(
         return Err(Failure::Failed("the files have errors: nothing can be explained by them".to_owned()));
     };
     let index = explain::pick_listener(&config.listeners, listener).map_err(Failure::Usage)?;
+    let kernel = config.steer.kernel_answers.then(|| {
+        let steered = (0..).map(ListenerId).zip(&config.listeners).filter(|(_, listener)| listener.steer);
+        table.for_kernel(&steered.map(|(id, _)| id).collect::<Vec<_>>())
+    });
     let context = Context {
         table: &table,
         listener: ListenerId(index as u16),
         listener_name: &config.listeners[index].name,
         steered: config.listeners[index].steer,
-        kernel_answers: config.steer.kernel_answers,
+        kernel: kernel.as_ref(),
         labels: labels.all(),
         sources: &explain::sources(&config.policies),
         limits: config.connection_limits().head,

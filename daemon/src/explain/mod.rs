@@ -35,8 +35,8 @@ pub struct Context<'a> {
     pub listener_name: &'a str,
     /// It is steered: the proxy has what a worker does not answer, and a worker answers once and closes.
     pub steered: bool,
-    /// And the kernel answers what it can.
-    pub kernel_answers: bool,
+    /// What the kernel decides by, if it is steered and the kernel answers.
+    pub kernel: Option<&'a KernelTable>,
     /// Route labels by number.
     pub labels: &'a [RouteLabel],
     /// Where each policy was written, by its name.
@@ -162,10 +162,10 @@ fn tier(context: &Context<'_>, bytes: &[u8]) -> Option<Tier> {
     if !context.steered {
         return None;
     }
-    let off = KernelTable::default();
-    let table = if context.kernel_answers { context.table.for_kernel(&[context.listener]) } else { off };
-    Some(match table.tier_of_any(context.listener, bytes, context.limits.max_bytes) {
-        Tier::Worker(_) if !context.kernel_answers => Tier::Worker(ask::Off),
+    let none = KernelTable::default();
+    let tier = context.kernel.unwrap_or(&none).tier_of_any(context.listener, bytes, context.limits.max_bytes);
+    Some(match tier {
+        Tier::Worker(_) if context.kernel.is_none() => Tier::Worker(ask::Off),
         tier => tier,
     })
 }

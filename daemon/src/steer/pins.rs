@@ -1,7 +1,7 @@
 //! What outlives a daemon: maps and links, pinned in a directory of bpffs.
 //!
 //! ```text
-//! PIN_DIR/v1-4026531840/     version of the layout, and the network namespace's number
+//! PIN_DIR/v2-4026531840/     version of the layout, and the network namespace's number
 //!     PORTS, CONFIG, …       maps
 //!     link-2                 the link on interface 2
 //! ```

@@ -5,7 +5,7 @@ use crate::{
     config::Config,
     explain::{self, Context, Report, Sources},
     http::HeadLimits,
-    policy::{ListenerId, Table, labels::RouteLabel},
+    policy::{KernelTable, ListenerId, Table, labels::RouteLabel},
 };
 use serde_json::json;
 use std::{
@@ -172,12 +172,13 @@ impl Status {
             let running = self.running();
             (running.table.clone(), running.labels.clone(), running.sources.clone())
         };
+        let kernel = self.kernel_table();
         let context = Context {
             table: &table,
             listener: ListenerId(index as u16),
             listener_name: &self.config.listeners[index].name,
             steered: self.config.listeners[index].steer,
-            kernel_answers: self.kernel_answers(),
+            kernel: kernel.as_deref(),
             labels: &labels,
             sources: &sources,
             limits: HeadLimits { max_bytes: self.config.limits.max_head_bytes },
@@ -185,13 +186,12 @@ impl Status {
         Ok(explain::explain(&context, bytes))
     }
 
-    /// Whether the kernel answers: what runs may differ from what was configured.
-    fn kernel_answers(&self) -> bool {
+    /// What the kernel answers by, if it does.
+    fn kernel_table(&self) -> Option<Arc<KernelTable>> {
         #[cfg(feature = "ebpf")]
-        if let Some(report) = self.steer() {
-            return report.kernel.on;
-        }
-        self.config.steer.kernel_answers
+        return self.steer().filter(|report| report.kernel.on).map(|report| report.kernel.table);
+        #[cfg(not(feature = "ebpf"))]
+        None
     }
 
     /// For people and scripts who look after it.

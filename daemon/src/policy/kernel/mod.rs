@@ -75,6 +75,10 @@ impl Tier {
     /// In words.
     pub fn words(self) -> String {
         match self {
+            // The second of two templates closes.
+            Tier::Kernel(number) if number & 1 != 0 => {
+                "the kernel answers, and ends the connection".to_owned()
+            }
             Tier::Kernel(_) => "the kernel answers, and the connection stays open".to_owned(),
             Tier::Proxy => "the kernel gives it to the proxy".to_owned(),
             Tier::Worker(why) => format!("not the kernel, for {}", asked_words(why)),
@@ -236,9 +240,9 @@ impl<'t> Build<'t> {
             "the policies need {} entries and {} answers, and more than {} and {} do not fit in the kernel: workers \
              answer them all",
             self.made.terms.len(),
-            self.made.templates.len(),
+            self.made.templates.len() / 2,
             MAX_TERMS / 2,
-            MAX_TEMPLATES / 2
+            MAX_TEMPLATES / 4
         );
         KernelTable {
             summary: Summary { too_large: Some(reason), ..Summary::default() },

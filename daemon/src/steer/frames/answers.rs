@@ -69,6 +69,8 @@ struct Client {
     v6: bool,
     port: u16,
     options: &'static [u8],
+    /// It has agreed upon window scales.
+    scales: bool,
     /// What is sent next, and what is expected next.
     seq: u32,
     ack: u32,
@@ -86,7 +88,8 @@ struct Reply {
 impl Client {
     /// Its handshake, by the program.
     fn connect(bench: &mut Bench, v6: bool, port: u16, options: &'static [u8]) -> Self {
-        let mut client = Self { v6, port, options: &[], seq: 0x0102_0304, ack: 0 };
+        let scales = !options.is_empty();
+        let mut client = Self { v6, port, options: &[], scales, seq: 0x0102_0304, ack: 0 };
         bench.maps.beat(true).expect("HEARTBEAT");
         let syn = client.frame(flags::SYN, if options.is_empty() { &[2, 4, 5, 0xb4] } else { LINUX }, b"");
         let (verdict, reply) = bench.run("steer", &syn);
@@ -137,6 +140,9 @@ impl Client {
         let reset = frame[tcp + 13] & flags::RST != 0;
         if frame[tcp + 13] & flags::SYN == 0 && !reset {
             assert_eq!(has_stamps, read_options(self.options).present);
+            // Who has agreed upon no scale reads it as it is.
+            let window = u16::from_be_bytes([frame[tcp + 14], frame[tcp + 15]]);
+            assert_eq!(window, if self.scales { 64_240 >> 7 } else { 64_240 });
         }
         let number = |at: usize| u32::from_be_bytes(frame[at..at + 4].try_into().expect("four bytes"));
         Reply {
@@ -280,10 +286,14 @@ fn an_answer_that_was_lost_is_sent_again_in_the_same_bytes_or_not_at_all() {
         assert_eq!((again.flags, again.seq, &*again.data), (flags::ACK, knows.ack, &b""[..]));
         assert_eq!(again.ack, knows.seq + PREFLIGHT.len() as u32);
 
-        let gone: [Gone<'_>; 3] = [
+        let gone: [Gone<'_>; 4] = [
             ("another origin", &PREFLIGHT.replace("app.example", "evil.example"), |_| {}),
             ("templates gone", PREFLIGHT, |bench| bench.maps.keep_templates([7, 7]).expect("TEMPLATES")),
             ("the date gone", PREFLIGHT, |bench| bench.maps.set_date(SECOND + 64).expect("DATES")),
+            ("the date about to go", PREFLIGHT, |bench| {
+                let config = Config { second: SECOND + 61, ..answering() };
+                bench.maps.set_config(config).expect("CONFIG");
+            }),
         ];
         for (name, request, undo) in gone {
             let (client, reply) = lost(bench);
@@ -292,6 +302,7 @@ fn an_answer_that_was_lost_is_sent_again_in_the_same_bytes_or_not_at_all() {
             assert_eq!((reset.flags, reset.seq, &*reset.data), (flags::RST, reply.seq, &b""[..]), "{name}");
             assert_eq!(client.entry(bench), None, "{name}");
             publish(bench, GENERATION, kernel);
+            bench.maps.set_date(SECOND).expect("DATES");
         }
     });
 }
@@ -357,6 +368,13 @@ fn what_else_may_come_on_such_a_connection() {
         assert_eq!(client.say(bench, flags::ACK, b"").0, SHOT);
         assert_eq!(client.entry(bench), None);
 
+        // Half of an answer: the rest cannot be asked for, so the client is told.
+        let mut client = open(bench, false);
+        client.ack += 10;
+        let reset = client.ask(bench, flags::ACK, b"");
+        assert_eq!((reset.flags, reset.seq), (flags::RST, client.ack));
+        assert_eq!(client.entry(bench), None);
+
         // Resets: only of the right number.
         let mut client = open(bench, true);
         client.options = &[];
@@ -396,8 +414,8 @@ fn when_nothing_is_certain_the_proxy_has_it() {
         publish(bench, 2, &empty);
         let mut port = 50_000;
         let changes: [(&str, Config, bool, Option<&str>); 8] = [
-            ("answers are off", Config { flags: deferring().flags, ..answering() }, true, None),
-            ("no table", Config { generation: 0, ..answering() }, true, None),
+            ("answers are off", Config { flags: deferring().flags, ..answering() }, true, Some("off")),
+            ("no table", Config { generation: 0, ..answering() }, true, Some("off")),
             ("the policy is gone", Config { generation: 2, ..answering() }, true, Some("unknown_host")),
             ("half of another table", Config { generation: 3, ..answering() }, true, Some("unknown_host")),
             ("nothing new", Config { state: state::OBSERVE, ..answering() }, true, None),

@@ -13,7 +13,7 @@ use std::{
 use aya::{Ebpf, util::KernelVersion};
 use preflightd_common::{
     abi::{
-        self, Endpoint, Host, MAX_PORTS, MAX_SERVED, MAX_SOCKETS, Service as AbiService, config_flags,
+        self, Endpoint, Host, MAX_PORTS, MAX_SERVED, MAX_SOCKETS, Service as AbiService, config_flags, event,
         host_kind, kind, state,
     },
     preflight::HostHash,
@@ -352,11 +352,13 @@ impl Steering {
         if !self.is_in_charge()? {
             return Ok(());
         }
+        // Whatever becomes of the hosts: what the kernel answers must not stay as it was.
+        let answers = self.set_answers(table);
         let beyond = self.maps.set_hosts(&hosts(&self.services, policies))?;
         if beyond > 0 {
             tracing::warn!(hosts = beyond, "more hosts than fit: the proxy answers the preflights of these");
         }
-        self.set_answers(table)
+        answers
     }
 
     /// A new configuration: mode, engagement and share take effect at once.
@@ -395,6 +397,9 @@ impl Steering {
         self.measure(now);
         self.judge(now);
         self.set_date()?;
+        if let Err(error) = self.publish_if_due(now) {
+            tracing::warn!(%error, "the kernel still answers nothing");
+        }
         let pressed = self.config.flags & config_flags::PRESSURE != 0 || self.fill() > 0.5;
         let pause =
             if pressed { (self.times.sweeping * SWEEP_SHARE).clamp(SWEEP_PRESSED, SWEEP) } else { SWEEP };
@@ -491,7 +496,9 @@ impl Steering {
             counts: self.counts.clone(),
             pending: self.pending.now,
             max_pending: self.max_pending,
-            kernel: self.answers.report(self.options.kernel_answers, &self.counts),
+            kernel: self
+                .answers
+                .report(self.options.kernel_answers && self.state() == State::Steering, &self.counts),
         }
     }
 
@@ -533,6 +540,9 @@ impl Steering {
                     self.storm.rate, self.options.storm_above
                 ));
             }
+        }
+        if self.options.mode == SteerMode::Steer && self.options.kernel_answers {
+            reasons.extend(self.answers.reasons(&self.counts));
         }
         if self.beyond > 0 {
             reasons.push(format!(
@@ -610,6 +620,8 @@ impl Steering {
             | flag(pressure, config_flags::PRESSURE)
             | flag(self.time_wait, config_flags::TIME_WAIT)
             | flag(self.options.kernel_answers, config_flags::ANSWERS)
+            | flag(self.answers.fill(&self.counts) > 0.5, config_flags::HALF_FULL)
+            | flag(self.answers.fill(&self.counts) > answers::CROWDED, config_flags::CROWDED)
             | flag(self.routes.sure_v4, config_flags::ROUTES_V4)
             | flag(self.routes.sure_v6, config_flags::ROUTES_V6)
     }
@@ -756,8 +768,12 @@ fn hosts(services: &[Service], policies: &[PolicySpec]) -> HashSet<Host> {
     hosts
 }
 
+/// Those that open a connection, and those that the kernel answers later on one.
 fn preflights(counts: &Counts) -> u64 {
-    (0..TEST_ROW).map(|row| counts.port(row, kind::Preflight)).sum()
+    let sum = |kind| (0..TEST_ROW).map(|row| counts.port(row, kind)).sum::<u64>();
+    let (first, by_kernel) = (sum(kind::Preflight), sum(kind::Kernel));
+    let answers = counts.event(event::KernelAnswer).saturating_sub(counts.event(event::KernelAnswerAgain));
+    first + answers.saturating_sub(by_kernel)
 }
 
 /// A time after which anything is due.

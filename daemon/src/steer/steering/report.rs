@@ -5,7 +5,7 @@ use std::sync::Arc;
 use preflightd_common::abi::{ask, event, kind};
 
 use super::super::{Counts, maps::Outcomes};
-use crate::policy::kernel::Summary;
+use crate::policy::{KernelTable, kernel::Summary};
 
 /// What the programs do at present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +63,8 @@ pub struct KernelReport {
     pub on: bool,
     /// Generation of the policies that it answers by.
     pub generation: u64,
-    /// What it can decide.
-    pub summary: Arc<Summary>,
+    /// What it decides by.
+    pub table: Arc<KernelTable>,
     /// Connections that it has answered on, about.
     pub answered: u64,
     /// So many fit.
@@ -78,7 +78,7 @@ impl KernelReport {
     const NAMED: usize = 100;
 
     fn json(&self, counts: &Counts) -> serde_json::Value {
-        let Summary { hosts, paths, origins, names, templates, left, too_large } = &*self.summary;
+        let Summary { hosts, paths, origins, names, templates, left, too_large } = &self.table.summary;
         let asked = ask::NAMES.iter().zip(&counts.asked).filter(|(_, count)| **count > 0);
         serde_json::json!({
             "on": self.on,
