@@ -363,7 +363,7 @@ fn promtool_accepts_the_metrics() {
     let answer = get(daemon.address(" metrics and health "), "/metrics");
     let text = answer.split_once("\r\n\r\n").expect("a body").1;
     assert!(
-        text.contains(r#"policy="a\"b\\c é",outcome="denied",reason="method"} 1"#),
+        text.contains(r#"policy="a\"b\\c é",outcome="denied",reason="method",tier="worker"} 1"#),
         "a label that needs escaping:\n{text}"
     );
 
