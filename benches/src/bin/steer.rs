@@ -441,7 +441,7 @@ fn steered_share(scene: &Scene<'_>, figures: &mut Vec<Figure>) -> io::Result<Str
         "connections that open with a preflight",
         "all",
         "deferred",
-        "by a worker",
+        "by preflightd",
         "by nginx",
         "failed",
         "TIME_WAIT reused",
