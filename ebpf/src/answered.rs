@@ -54,7 +54,11 @@ pub(crate) fn segment(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answe
     let unknown = next.wrapping_sub(packet.ack);
     if unknown == 0 {
         answered.acknowledged = 1;
-    } else if answered.acknowledged == 0 && unknown < answered.answer {
+    } else if answered.acknowledged == 0 && unknown < answered.answer && offset == 0 {
+        if stage == stage::ENDING && unknown == 1 {
+            // All but our FIN.
+            return end(skb, packet, answered);
+        }
         // A part of an answer, which somebody on the way has cut. The rest it never asks for: its request is acknowledged.
         return gone(skb, packet, answered);
     } else if packet.ack != next.wrapping_sub(answered.answer) || answered.acknowledged != 0 {
@@ -165,7 +169,7 @@ fn acknowledge(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) ->
     send(skb, packet, scratch)
 }
 
-/// The client ends: our FIN, or, if that was lost, the same again.
+/// The client ends: our FIN. Or that again, if it was lost.
 #[inline(never)]
 fn end(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) -> i32 {
     let ts = stamps(skb, packet);
@@ -173,7 +177,7 @@ fn end(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) -> i32 {
     let pending = &mut answered.pending;
     reply(packet, pending, scratch, ts);
     scratch.reply.flags |= flags::FIN;
-    if pending.stage == stage::ENDED {
+    if pending.stage != stage::OPEN {
         scratch.reply.seq = scratch.reply.seq.wrapping_sub(1);
     } else {
         scratch.reply.ack = scratch.reply.ack.wrapping_add(1);

@@ -220,6 +220,11 @@ fn the_last_answer_has_our_end() {
         assert!(String::from_utf8_lossy(&data).contains("\r\nConnection: close\r\n"));
         client.seq += request.len() as u32;
         assert_eq!(reply, Reply { flags: PUSH | flags::FIN, seq: client.ack, ack: client.seq, data });
+        // All but our end: that again.
+        client.ack += reply.data.len() as u32;
+        let end = Reply { flags: flags::ACK | flags::FIN, seq: client.ack, ack: client.seq, data: vec![] };
+        assert_eq!(client.ask(bench, flags::ACK, b""), end);
+        client.ack -= reply.data.len() as u32;
         // Lost: the request again, the same again.
         client.seq -= request.len() as u32;
         assert_eq!(client.ask(bench, PUSH, request.as_bytes()), reply);
@@ -371,6 +376,14 @@ fn what_else_may_come_on_such_a_connection() {
         // Half of an answer: the rest cannot be asked for, so the client is told.
         let mut client = open(bench, false);
         client.ack += 10;
+        client.seq += 1;
+        let reply = client.ask(bench, flags::ACK, b"");
+        assert_eq!(
+            (reply.flags, reply.seq),
+            (flags::ACK, client.ack - 10),
+            "who guesses numbers resets nobody"
+        );
+        client.seq -= 1;
         let reset = client.ask(bench, flags::ACK, b"");
         assert_eq!((reset.flags, reset.seq), (flags::RST, client.ack));
         assert_eq!(client.entry(bench), None);

@@ -69,7 +69,7 @@ fn page() -> Vec<u8> {
     get("api.example.com", "/v1/cart")
 }
 
-/// nginx's own answers to preflights carry this header, so that they can be told from a worker's.
+/// nginx's own answers to preflights carry this header, so that they can be told from preflightd's.
 pub(crate) const BY_NGINX: &str = "x-answered-by";
 
 /// What the clients saw.

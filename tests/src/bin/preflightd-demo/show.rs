@@ -128,8 +128,11 @@ struct Totals {
     denied: u64,
     passed: u64,
     preflights_passed: u64,
-    /// Steered: connections that workers got, that nginx got, that were left to the kernel, and the state.
-    to_worker: u64,
+    /// Of the answers, those of the kernel.
+    by_kernel: u64,
+    /// Steered: connections that the kernel or workers answered on, that nginx got, that were left to the kernel's own
+    /// handshake, and the state.
+    to_us: u64,
     to_proxy: u64,
     left: u64,
     state: &'static str,
@@ -142,6 +145,7 @@ impl Totals {
         let response = fetch(scene.admin, "/metrics").map_err(|e| format!("reading the metrics: {e}"))?;
         let metrics = Metrics::parse(&String::from_utf8_lossy(&response.body));
         let count = |outcome: &str| metrics.count("preflightd_requests_total", &[("outcome", outcome)]);
+        let kernel = [("tier", "kernel")];
         let flows = |to: &str| metrics.count("preflightd_steer_flows_total", &[("to", to)]);
         let is = |state: &&str| metrics.count("preflightd_steer_state", &[("state", *state)]) == 1;
         Ok(Self {
@@ -151,7 +155,8 @@ impl Totals {
             // Seen from the client: the daemon counts a relayed connection once, whatever follows on it.
             passed: seen.passed(),
             preflights_passed: seen.preflights_passed(),
-            to_worker: flows("worker"),
+            by_kernel: metrics.count("preflightd_requests_total", &kernel),
+            to_us: flows("kernel") + flows("worker"),
             to_proxy: flows("proxy"),
             left: metrics.count("preflightd_steer_fail_open_total", &[]),
             state: ["steering", "observing", "off", "replaced"].into_iter().find(is).unwrap_or_default(),
@@ -192,7 +197,8 @@ struct Frame {
 /// What is shown of steering.
 struct Steered {
     state: &'static str,
-    to_worker: f64,
+    to_us: f64,
+    by_kernel: f64,
     to_nginx: f64,
     left: f64,
     preflights_passed: f64,
@@ -218,7 +224,8 @@ impl Frame {
             passed: difference(from.passed, to.passed),
             steered: scene.is_steered().then(|| Steered {
                 state: to.state,
-                to_worker: difference(from.to_worker, to.to_worker),
+                to_us: difference(from.to_us, to.to_us),
+                by_kernel: difference(from.by_kernel, to.by_kernel),
                 to_nginx: difference(from.to_proxy + from.left, to.to_proxy + to.left),
                 left: difference(from.left, to.left),
                 preflights_passed: difference(from.preflights_passed, to.preflights_passed),
@@ -234,10 +241,11 @@ impl Frame {
     fn line(&self) -> String {
         let steered = self.steered.as_ref().map_or_else(String::new, |steered| {
             format!(
-                "  {}  connections to workers {:.0}/s to nginx {:.0}/s  preflights by nginx {:.0}/s",
+                "  {}  connections to preflightd {:.0}/s to nginx {:.0}/s  preflights by the kernel {:.0}/s by nginx {:.0}/s",
                 steered.state,
-                steered.to_worker / self.seconds,
+                steered.to_us / self.seconds,
                 steered.to_nginx / self.seconds,
+                steered.by_kernel / self.seconds,
                 steered.preflights_passed / self.seconds,
             )
         });
@@ -260,13 +268,17 @@ impl Frame {
         let rate = |n: f64| format!("{:>7.0} /s", n / self.seconds);
         let short = |n: f64| rate(n).trim().to_owned();
         let mut lines = vec![format!("  {}", self.title)];
+        let by_kernel = self.steered.as_ref().map_or_else(
+            || " by workers".to_owned(),
+            |steered| format!(", {} of them by the kernel", short(steered.by_kernel)),
+        );
         let passed = match &self.steered {
             None => "to nginx, byte for byte".to_owned(),
             Some(steered) => {
                 lines.push(format!("  state      {}", steered.state));
                 lines.push(format!(
-                    "  opened     {}   connections that workers got; nginx {}, of which {} by the kernel's own handshake",
-                    rate(steered.to_worker),
+                    "  opened     {}   connections for preflightd; for nginx {}, of which {} by the kernel's own handshake",
+                    rate(steered.to_us),
                     short(steered.to_nginx),
                     short(steered.left),
                 ));
@@ -275,7 +287,7 @@ impl Frame {
         };
         lines.extend([
             format!(
-                "  answered   {}   preflights by workers: allowed {}, denied {}",
+                "  answered   {}   preflights{by_kernel}: allowed {}, denied {}",
                 rate(self.allowed + self.denied),
                 short(self.allowed),
                 short(self.denied)
@@ -283,7 +295,7 @@ impl Frame {
             format!("  passed     {}   {passed}", rate(self.passed)),
             format!("  latency    {:>7} µs   p50 of a preflight; p99 {} µs", self.p50, self.p99),
             format!(
-                "  CPU        {:>7.1} %    of one core for preflightd; nginx {:.1} %",
+                "  CPU        {:>7.1} %    of one core for preflightd's process; nginx {:.1} %",
                 100.0 * self.daemon_cpu / self.seconds,
                 100.0 * self.nginx_cpu / self.seconds
             ),
