@@ -10,7 +10,7 @@ use preflightd_fuzz::Edits;
 use std::sync::LazyLock;
 
 #[path = "../../daemon/src/policy/kernel/samples.rs"]
-#[allow(dead_code, reason = "the table is wanted, and the parts of requests as words")]
+#[expect(dead_code, reason = "the table is wanted, and the parts of requests as words")]
 mod samples;
 
 use samples::LISTENER;
