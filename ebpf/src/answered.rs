@@ -177,9 +177,7 @@ fn end(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) -> i32 {
     let pending = &mut answered.pending;
     reply(packet, pending, scratch, ts);
     scratch.reply.flags |= flags::FIN;
-    if pending.stage != stage::OPEN {
-        scratch.reply.seq = scratch.reply.seq.wrapping_sub(1);
-    } else {
+    if pending.stage == stage::OPEN {
         scratch.reply.ack = scratch.reply.ack.wrapping_add(1);
         pending.client_isn = pending.client_isn.wrapping_add(1);
         pending.server_isn = pending.server_isn.wrapping_add(1);
@@ -187,6 +185,8 @@ fn end(skb: *mut __sk_buff, packet: &Packet, answered: &mut Answered) -> i32 {
         answered.request = 1;
         answered.answer = 1;
         answered.acknowledged = 0;
+    } else {
+        scratch.reply.seq = scratch.reply.seq.wrapping_sub(1);
     }
     maps::count(event::KernelEnd);
     send(skb, packet, scratch)

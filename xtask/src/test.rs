@@ -145,7 +145,8 @@ fn fuzz(full: bool) -> Result<Outcome> {
         if sh::root().join(&seeds).is_dir() {
             cargo.arg(&seeds);
         }
-        cargo.args(["--", &format!("-max_total_time={seconds}")]);
+        // Without a line for each input that it keeps: what failed before it should still be in sight.
+        cargo.args(["--", &format!("-max_total_time={seconds}"), "-verbosity=0", "-print_final_stats=1"]);
         if sh::root().join(&dictionary).is_file() {
             cargo.arg(format!("-dict={dictionary}"));
         }
