@@ -448,6 +448,8 @@ pub mod rule_flags {
     pub const DENIED_PASS: u32 = 128;
     /// What is not allowed is a worker's to answer.
     pub const DENIED_ASK: u32 = 256;
+    /// Everything goes to the proxy: the policy is switched off, stale, not wholly understood, or in conflict with another.
+    pub const PASSES: u32 = 512;
 }
 
 /// Key of `TEMPLATES`.
@@ -672,7 +674,7 @@ slots! {
         PassedMethod = "passed_method",
         /// The proxy's: a requested header is not allowed.
         PassedHeaders = "passed_headers",
-        /// The proxy's: no policy has the path.
+        /// The proxy's: no policy has the path, or none that answers.
         PassedRoute = "passed_route",
     }
 }

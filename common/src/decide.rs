@@ -279,7 +279,10 @@ impl Decide {
             phase::PATH | phase::PATH_BELOW => match found {
                 Some(value) => {
                     self.rule = Rule::of(value);
-                    if self.rule.flags & rule_flags::DECIDES == 0 {
+                    if self.rule.flags & rule_flags::PASSES != 0 {
+                        self.verdict = verdict::PROXY;
+                        self.outcome = outcome::PassedRoute;
+                    } else if self.rule.flags & rule_flags::DECIDES == 0 {
                         self.ask(ask::Rules);
                     } else {
                         self.method_text(bytes, head);

@@ -80,6 +80,8 @@ reasons! {
     NoRoute = "no_route",
     /// Several policies of equal right claim this request.
     Conflict = "conflict",
+    /// The route has no CORS policy: the application behind the proxy answers.
+    NoCors = "no_cors",
     /// The policy is switched off.
     Disabled = "disabled",
     /// The policy has a part that cannot be modelled exactly.

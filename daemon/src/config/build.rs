@@ -9,6 +9,7 @@ use crate::{
         Finding, ListenerId, PathMatch, PolicySpec, Severity, SourceRef,
         dialect::{self, Rules},
     },
+    reason::PassReason,
     relay::ProxyProtocol,
 };
 use ahash::{AHashMap, AHashSet};
@@ -135,7 +136,7 @@ impl Place {
         let block = self.block.map(Step::Maybe);
         let steps = match finding.field {
             "" => vec![],
-            "name" | "listeners" | "hosts" | "paths" | "enabled" | "on_denied" => {
+            "name" | "listeners" | "hosts" | "paths" | "enabled" | "for_methods" | "on_denied" => {
                 vec![Step::Key(finding.field.into())]
             }
             field => block.into_iter().chain([Step::Key(field.into())]).collect(),
@@ -411,6 +412,14 @@ impl ReadPolicy {
                 list.iter().map(|p| p.0.clone()).filter(|p| seen.insert(p.clone())).collect()
             }
         };
+        if !raw.for_methods.is_empty() && paths.iter().any(|path| matches!(path, PathMatch::Regex(_))) {
+            problems.push(Problem::error(
+                "regex-by-method",
+                key("for_methods"),
+                "a policy for some methods cannot have a path by regular expression",
+                "write exact and prefix paths, or leave `for_methods` out",
+            ));
+        }
         let rules = self.rules(bases, problems);
         if problems[before..].iter().any(|p| p.severity == Severity::Error) {
             return None;
@@ -421,8 +430,8 @@ impl ReadPolicy {
             listeners: ids,
             hosts,
             paths,
-            enabled: raw.enabled.unwrap_or(true),
-            stale: false,
+            for_methods: raw.for_methods.iter().map(|m| m.0.clone()).collect(),
+            passes: (raw.enabled == Some(false)).then_some(PassReason::Disabled),
             on_denied: raw.on_denied,
             rules: rules?,
         })
@@ -481,6 +490,10 @@ impl ReadPolicy {
             // What had to be left out may have been the dialect: its absence says nothing then.
             if !self.whole {
                 return None;
+            }
+            // What is switched off needs no rules.
+            if raw.enabled == Some(false) && raw.native_field().is_none() {
+                return Some(Rules::none());
             }
             let (rules, findings) = dialect::native::validate(&raw.native());
             (rules.map(Rules::Native), findings)

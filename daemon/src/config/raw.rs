@@ -89,6 +89,7 @@ pub(super) struct Policy {
     pub(super) hosts: Option<Vec<Text<Host>>>,
     pub(super) paths: Option<Vec<Path>>,
     pub(super) enabled: Option<bool>,
+    pub(super) for_methods: Vec<Text<Method>>,
     #[serde(deserialize_with = "on_denied")]
     pub(super) on_denied: Option<OnDenied>,
     pub(super) inherit: Option<String>,
@@ -135,6 +136,23 @@ impl Policy {
         ]
         .into_iter()
         .find_map(|(name, set)| set.then_some(name))
+    }
+}
+
+/// A method that a preflight asks for.
+#[derive(Debug)]
+pub(super) struct Method;
+
+impl FromText for Method {
+    type Value = String;
+    const EXPECTED: &'static str = "a method in quotes, such as \"PUT\"";
+    fn from_text(text: &str) -> Result<String, String> {
+        if text.len() > 64 || !crate::policy::is_token(text.as_bytes()) {
+            return Err(format!(
+                "`{text}` is no method\nwrite one as requests have it, such as \"PUT\"; leave `for_methods` out for all"
+            ));
+        }
+        Ok(text.to_owned())
     }
 }
 

@@ -306,6 +306,7 @@ fn pass_words(reason: PassReason) -> &'static str {
         PassReason::NoHost => "no policy on this listener serves this host",
         PassReason::NoRoute => "no policy of this host serves this path",
         PassReason::Conflict => "several policies of equal right claim it",
+        PassReason::NoCors => "its route has no CORS policy: the application behind the proxy answers",
         PassReason::Disabled => "its policy is switched off",
         PassReason::Unsupported => "its policy has a part that cannot be modelled exactly",
         PassReason::Stale => "its policy's source has been unreachable for too long",

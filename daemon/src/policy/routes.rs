@@ -13,13 +13,15 @@ const LINEAR: usize = 4;
 
 /// Stands for "several policies" in [`Target::policy`].
 pub(super) const CONFLICT: u32 = u32::MAX;
+/// From here on [`Target::policy`] depends on the method.
+const BY_METHOD: u32 = 1 << 31;
 /// No such host entry.
 const NONE: u32 = u32::MAX;
 
 /// Where a route leads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Target {
-    /// Position of the policy, or [`CONFLICT`].
+    /// Position of the policy, [`CONFLICT`], or from [`BY_METHOD`] on one of [`Hosts::splits`].
     pub(super) policy: u32,
     pub(super) label: RouteId,
 }
@@ -31,6 +33,23 @@ pub(super) struct Claim<'p> {
     pub(super) target: Target,
     /// The policy's wildcard hosts have exactly one label for the star.
     pub(super) one_label: bool,
+    /// Only where one of these methods is asked for; empty: all.
+    pub(super) methods: &'p [String],
+}
+
+/// Where a path leads that several policies share by method.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Split {
+    by_method: Box<[(Box<[u8]>, Target)]>,
+    /// Where all other methods lead.
+    others: Option<Target>,
+}
+
+impl Target {
+    /// Whether it depends on the method.
+    pub(super) fn is_by_method(self) -> bool {
+        (BY_METHOD..CONFLICT).contains(&self.policy)
+    }
 }
 
 /// All hosts of a listener and their routes.
@@ -47,6 +66,7 @@ pub(super) struct Hosts {
     routes: Box<[Route]>,
     paths: Box<[u8]>,
     prefix_lengths: Box<[u32]>,
+    splits: Box<[Split]>,
     /// Routes of the hosts that have many of them.
     index: Index,
 }
@@ -135,9 +155,9 @@ impl Hosts {
         (self.any != NONE && (host.literal.is_none() || own)).then_some((self.any, HostHit::Any))
     }
 
-    /// Where `path`, which begins with a slash, leads on the host of `entry`.
+    /// Where `path`, which begins with a slash, leads on the host of `entry` if `method` is asked for.
     #[inline]
-    pub(super) fn route(&self, entry: u32, path: &[u8]) -> Routed {
+    pub(super) fn route(&self, entry: u32, path: &[u8], method: &[u8]) -> Routed {
         let host = &self.entries[entry as usize];
         let literal = if host.lengths.0 == host.lengths.1 {
             let routes = &self.routes[host.first as usize..(host.first + host.count) as usize];
@@ -153,10 +173,29 @@ impl Hosts {
                 )
             })
         };
+        let literal = match literal {
+            Some(target) if target.is_by_method() => self.by_method(target, method),
+            plain => plain,
+        };
         match &host.regexes {
             None => literal.map_or(Routed::Nowhere, Routed::from),
             Some(regexes) => regexes.route(literal, path),
         }
+    }
+
+    #[cold]
+    fn by_method(&self, target: Target, method: &[u8]) -> Option<Target> {
+        let split = &self.splits[(target.policy - BY_METHOD) as usize];
+        split.by_method.iter().find(|(name, _)| **name == *method).map(|(_, target)| *target).or(split.others)
+    }
+
+    /// The policies that a target may lead to.
+    pub(super) fn policies_of(&self, target: Target) -> Vec<u32> {
+        if !target.is_by_method() {
+            return vec![target.policy];
+        }
+        let split = &self.splits[(target.policy - BY_METHOD) as usize];
+        split.by_method.iter().map(|(_, target)| *target).chain(split.others).map(|t| t.policy).collect()
     }
 
     /// Each host: its name or suffix, and the entries for it and, if that is a suffix, for hosts far below it.
@@ -282,6 +321,7 @@ pub(super) struct Builder {
     paths: Vec<u8>,
     prefix_lengths: Vec<u32>,
     /// Where a path, and a list of prefix lengths, is already: hosts are alike, and what they share is at hand.
+    splits: Vec<Split>,
     path_starts: AHashMap<Vec<u8>, u32>,
     length_slices: AHashMap<Vec<u32>, (u32, u32)>,
 }
@@ -328,6 +368,7 @@ impl Builder {
             routes: self.routes.into(),
             paths: self.paths.into(),
             prefix_lengths: self.prefix_lengths.into(),
+            splits: self.splits.into(),
             index: Index::default(),
         };
         let hashed: Vec<(u64, u32)> = hosts
@@ -366,7 +407,8 @@ impl Builder {
         let first = self.routes.len() as u32;
         for group in literal.chunk_by(|a, b| a.0 == b.0 && a.1 == b.1) {
             let (exact, path, _) = group[0];
-            let target = merge(group.iter().map(|(_, _, c)| *c), troubles);
+            let claims: Vec<&Claim<'p>> = group.iter().map(|(_, _, c)| *c).collect();
+            let target = self.target(&claims, troubles);
             let start = self.path(path);
             self.routes.push(Route { start, len: path.len() as u32, exact, target });
         }
@@ -390,6 +432,31 @@ impl Builder {
 }
 
 impl Builder {
+    /// Where claims to one path lead.
+    fn target<'p>(&mut self, claims: &[&Claim<'p>], troubles: &mut Vec<Trouble<'p>>) -> Target {
+        if claims.iter().all(|claim| claim.methods.is_empty()) {
+            return merge(claims.iter().copied(), troubles);
+        }
+        let mut methods: Vec<&[u8]> = claims.iter().flat_map(|c| c.methods).map(String::as_bytes).collect();
+        methods.sort_unstable();
+        methods.dedup();
+        let others = claims.iter().copied().filter(|claim| claim.methods.is_empty()).collect::<Vec<_>>();
+        let split = Split {
+            by_method: methods
+                .into_iter()
+                .map(|method| {
+                    let asks = |claim: &&Claim<'p>| claim.methods.iter().any(|m| m.as_bytes() == method);
+                    (method.into(), merge(claims.iter().copied().filter(asks), troubles))
+                })
+                .collect(),
+            others: (!others.is_empty()).then(|| merge(others.into_iter(), troubles)),
+        };
+        // The label of the path's first policy stands for what none of them is asked.
+        let label = claims[0].target.label;
+        self.splits.push(split);
+        Target { policy: BY_METHOD + (self.splits.len() - 1) as u32, label }
+    }
+
     fn path(&mut self, path: &[u8]) -> u32 {
         if let Some(start) = self.path_starts.get(path) {
             return *start;
@@ -446,6 +513,10 @@ fn regex_routes<'p>(mut claims: Vec<(&'p str, &Claim<'p>)>, troubles: &mut Vec<T
     let patterns: Vec<&str> = merged.iter().map(|(pattern, ..)| *pattern).collect();
     let (regexes, refused) = Regexes::new(&patterns);
     let mut opaque = Vec::new();
+    if claims.iter().any(|(_, claim)| !claim.methods.is_empty()) {
+        // Which of them a path belongs to is nothing that one match tells.
+        opaque.push(CONFLICT);
+    }
     for (i, reason) in refused {
         let (pattern, _, policies) = &merged[i];
         for &policy in policies {

@@ -1,6 +1,7 @@
 //! What a table is compiled from: validated policies, whoever wrote them (files now, Kubernetes later).
 
 use super::dialect;
+use crate::reason::PassReason;
 use std::fmt;
 use std::sync::Arc;
 
@@ -24,13 +25,21 @@ pub struct ListenerSpec {
     pub public_ports: Vec<u16>,
 }
 
-/// Where a policy was written, for messages: `file:line`, or `namespace/name` of an object.
+/// Where a policy was written, for messages: `file:line`, or kind, `namespace/name` and perhaps field of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceRef {
-    /// File path or object name.
+    /// File path or object.
     pub origin: Arc<str>,
-    /// Line from 1; 0 where there is none.
+    /// Line from 1; 0 of an object.
     pub line: u32,
+}
+
+impl SourceRef {
+    /// A line of a file that somebody answers for, and not an object that others may change: what is wrong in it refuses
+    /// all.
+    pub fn is_file(&self) -> bool {
+        self.line != 0
+    }
 }
 
 impl fmt::Display for SourceRef {
@@ -43,7 +52,7 @@ impl fmt::Display for SourceRef {
 }
 
 /// A host pattern of a policy.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum HostPattern {
     /// Every host name (but no foreign IP literal).
     Any,
@@ -55,7 +64,7 @@ pub enum HostPattern {
 }
 
 /// A path match of a policy.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PathMatch {
     /// The whole path, byte-exact.
     Exact(String),
@@ -107,10 +116,12 @@ pub struct PolicySpec {
     pub hosts: Vec<HostPattern>,
     /// Paths that it serves; never empty (`/` as a prefix is the whole host).
     pub paths: Vec<PathMatch>,
-    /// Off: its requests pass, with a reason of their own.
-    pub enabled: bool,
-    /// Its source has been unreachable for too long: its requests pass until it is back.
-    pub stale: bool,
+    /// Of its preflights only those that ask for one of these methods (ACRM, byte-exact); empty: all. Where it shares a path
+    /// with a policy for all methods, it goes before that.
+    pub for_methods: Vec<String>,
+    /// Its requests go to the proxy, all of them, for this reason: it is switched off, its source has been unreachable for
+    /// too long, or it only says that nothing else answers there.
+    pub passes: Option<PassReason>,
     /// Overrides the dialect's own way.
     pub on_denied: Option<OnDenied>,
     /// The CORS rules in their dialect.

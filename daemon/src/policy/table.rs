@@ -228,7 +228,7 @@ impl Table {
             }
         });
 
-        let target = match listener.hosts.route(entry, path) {
+        let target = match listener.hosts.route(entry, path, request.method) {
             Routed::To(target) => target,
             Routed::Nowhere => {
                 trace.step(|| format!("path: {} has no policy on this host: passed", path.escape_ascii()));
@@ -269,11 +269,7 @@ impl Shared {
         let mut core = Core::clone(&share(&mut self.cores, spec.rules.core()));
         core.headers = core.headers.as_ref().map(|names| share(&mut self.names, names));
         core.on_denied = spec.on_denied.unwrap_or(core.on_denied);
-        core.gate = match (spec.enabled, spec.stale) {
-            (false, _) => Some(PassReason::Disabled),
-            (true, true) => Some(PassReason::Stale),
-            (true, false) => core.gate,
-        };
+        core.gate = spec.passes.or(core.gate);
         core
     }
 }
@@ -420,6 +416,7 @@ fn compile_hosts(
                 path,
                 target,
                 one_label,
+                methods: &policy.for_methods,
             }));
         }
     }
@@ -455,7 +452,11 @@ fn report(host: &HostPattern, trouble: &Trouble<'_>, policies: &[PolicySpec]) ->
             let other = &policies[*first as usize];
             let this = &policies[*second as usize];
             let finding = Finding {
-                severity: Severity::Error,
+                severity: if other.source.is_file() && this.source.is_file() {
+                    Severity::Error
+                } else {
+                    Severity::Warning
+                },
                 code: "route-conflict",
                 field: "paths",
                 item: None,
@@ -532,8 +533,8 @@ mod tests {
             listeners: vec![],
             hosts: hosts.iter().map(host).collect(),
             paths: paths.iter().map(path).collect(),
-            enabled: true,
-            stale: false,
+            for_methods: vec![],
+            passes: None,
             on_denied: None,
             rules,
         }
@@ -736,11 +737,49 @@ mod tests {
     }
 
     #[test]
+    fn policies_by_method() {
+        let by = |methods: &[&str], spec: PolicySpec| PolicySpec {
+            for_methods: methods.iter().map(|m| (*m).to_owned()).collect(),
+            ..spec
+        };
+        let (table, findings) = compile(&[
+            by(&["PUT"], policy("put", &["a.example"], &["/x"], native(1))),
+            by(&["GET", "DELETE"], policy("get", &["a.example"], &["/x"], native(2))),
+            policy("others", &["a.example"], &["/x"], native(3)),
+            policy("below", &["a.example"], &["/"], native(4)),
+            by(&["PUT"], policy("alone", &["a.example"], &["/alone"], native(5))),
+        ]);
+        assert_eq!(findings, []);
+        for (target, method, expected) in [
+            ("/x", "PUT", "1"),
+            ("/x/y", "PUT", "1"),
+            ("/x", "GET", "2"),
+            ("/x", "POST", "3"),
+            ("/", "PUT", "4"),
+            ("/alone", "PUT", "5"),
+            // A path is the most specific one's, whatever the method.
+            ("/alone", "GET", "no_route"),
+        ] {
+            let request = Preflight { target: target.as_bytes(), method: method.as_bytes(), ..REQUEST };
+            assert_eq!(outcome(&table, &request), expected, "{method} {target}");
+        }
+        let (table, findings) = compile(&[
+            by(&["PUT", "GET"], policy("one", &["a.example"], &["/x"], native(1))),
+            by(&["GET"], policy("two", &["a.example"], &["/x"], native(2))),
+        ]);
+        assert_eq!(findings.len(), 1, "{findings:?}");
+        for (method, expected) in [("PUT", "1"), ("GET", "conflict"), ("POST", "no_route")] {
+            let request = Preflight { target: b"/x", method: method.as_bytes(), ..REQUEST };
+            assert_eq!(outcome(&table, &request), expected, "{method}");
+        }
+    }
+
+    #[test]
     fn switched_off_and_stale() {
         let mut off = policy("off", &["off.example"], &["/"], native(1));
-        off.enabled = false;
+        off.passes = Some(PassReason::Disabled);
         let mut stale = policy("stale", &["stale.example"], &["/"], native(1));
-        stale.stale = true;
+        stale.passes = Some(PassReason::Stale);
         let (table, _) = compile(&[off, stale]);
         for (host, expected) in [("off.example", "disabled"), ("stale.example", "stale")] {
             assert_eq!(outcome(&table, &Preflight { host: host.as_bytes(), ..REQUEST }), expected);

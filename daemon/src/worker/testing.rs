@@ -46,8 +46,8 @@ pub(super) fn table(generation: u64) -> Table {
         listeners: Vec::new(),
         hosts: vec![HostPattern::Exact("api.example".into())],
         paths: vec![PathMatch::Prefix("/".into())],
-        enabled: true,
-        stale: false,
+        for_methods: vec![],
+        passes: None,
         on_denied: None,
         rules: Rules::Native(native::validate(&cors).0.expect("valid rules")),
     };

@@ -6,12 +6,12 @@ use super::super::origin::{Matcher, Matchers, Origins};
 use super::super::{Finding, OnDenied, Severity};
 use super::lint::{self, Findings, Place};
 use crate::reason::PassReason;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::sync::Arc;
 
 /// `envoy.type.matcher.v3.StringMatcher`: exactly one of the patterns.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct StringMatcher {
     /// Byte-equal.
@@ -29,7 +29,7 @@ pub struct StringMatcher {
 }
 
 /// `envoy.extensions.filters.http.cors.v3.CorsPolicy`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cors {
     /// Allowed origins.
@@ -61,7 +61,7 @@ pub struct Rules(pub(in crate::policy) Arc<Core>);
 /// Checks the fields. `fallback` is the virtual host's policy: it fills, field by field, what `cors` leaves unset.
 pub fn validate(cors: &Cors, fallback: Option<&Cors>) -> (Option<Rules>, Vec<Finding>) {
     let mut findings = Findings::default();
-    let effective = fall_back(cors, fallback);
+    let effective = effective(cors, fallback);
     let matchers = check_matchers(&effective.allow_origin_string_match, &mut findings);
     check_values(&effective, &mut findings);
     let gate = gate(cors, &mut findings);
@@ -138,7 +138,7 @@ fn compile(cors: &Cors, origins: Origins) -> Core {
 }
 
 /// The route's policy with the virtual host's behind it, as the filter reads them; empty is unset.
-fn fall_back(cors: &Cors, fallback: Option<&Cors>) -> Cors {
+pub fn effective(cors: &Cors, fallback: Option<&Cors>) -> Cors {
     let text = |field: fn(&Cors) -> &Option<String>| {
         [Some(cors), fallback].into_iter().flatten().find_map(|c| field(c).clone().filter(|s| !s.is_empty()))
     };

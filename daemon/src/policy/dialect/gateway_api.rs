@@ -8,12 +8,12 @@ use super::super::origin::{HostMatch, Origins, Pattern, Port, Web};
 use super::super::{Finding, OnDenied, Severity};
 use super::lint::{self, Findings, Place};
 use crate::reason::PassReason;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::sync::Arc;
 
 /// The filter's fields (`HTTPCORSFilter`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 pub struct Cors {
     /// `allowOrigins`.

@@ -8,7 +8,8 @@ mod lint;
 pub mod native;
 
 use super::core::Core;
-use std::sync::Arc;
+use crate::reason::PassReason;
+use std::sync::{Arc, LazyLock};
 
 /// Validated rules of one policy.
 #[derive(Clone, Debug)]
@@ -32,6 +33,12 @@ impl Rules {
             Rules::IngressNginx(_) => "ingress-nginx",
             Rules::Envoy(_) => "envoy",
         }
+    }
+
+    /// None at all, for a policy that passes everything.
+    pub fn none() -> Self {
+        static NONE: LazyLock<Arc<Core>> = LazyLock::new(|| Arc::new(Core::passing(PassReason::NoCors)));
+        Rules::Native(native::Rules(Arc::clone(&NONE)))
     }
 
     pub(super) fn core(&self) -> &Arc<Core> {

@@ -108,7 +108,7 @@ fn asked_words(why: u32) -> &'static str {
         ask::UnknownHost => "its host is not in the kernel's table",
         ask::LongPath => "its host has longer paths than the kernel compares",
         ask::Regex => "its host has regular expressions",
-        ask::Rules => "its policy echoes what was asked for, is switched off, or is in conflict with another",
+        ask::Rules => "its policy echoes what was asked for, or depends on the method",
         ask::Origin => "its origin is too long, or matches by a rule that the kernel does not know",
         ask::Method => "its method is an unusual one",
         ask::Names => "its requested headers are not as browsers write them",
@@ -306,10 +306,20 @@ impl<'t> Build<'t> {
                 (term::PATH_BELOW, &mut routes.prefixes)
             };
             *lengths |= 1 << path.len();
+            if target.is_by_method() {
+                self.leave_split(hosts, target);
+            }
             let rule = self.rule(target);
             self.made.summary.paths += usize::from(self.add(kind, routes.host, path, rule.value()));
         });
         self.made.summary.hosts += usize::from(self.add(kind, of, text, routes.value()));
+    }
+
+    /// Says of the policies that share a path by method that they are not wholly the kernel's.
+    fn leave_split(&mut self, hosts: &Hosts, target: Target) {
+        for policy in hosts.policies_of(target) {
+            self.leave(Target { policy, ..target }, "it shares a path with another policy, by method");
+        }
     }
 
     /// Says of a policy that it is not wholly the kernel's.
@@ -323,11 +333,13 @@ impl<'t> Build<'t> {
         let mut rule = Rule { label: target.label.0, ..Rule::default() };
         let table = self.table;
         if target.policy == CONFLICT {
+            rule.flags = rule_flags::PASSES;
             return rule;
         }
+        // One that depends on the method is of no policy, and asks.
         let Some(core) = table.core(target.policy) else { return rule };
         if core.gate.is_some() {
-            self.leave(target, "it is switched off, stale or not wholly understood");
+            rule.flags = rule_flags::PASSES;
             return rule;
         }
         let Some(allowed) = self.template(&core.allowed) else {

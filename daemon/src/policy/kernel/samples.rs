@@ -4,6 +4,7 @@ use crate::policy::{
     HostPattern, ListenerId, ListenerSpec, OnDenied, PathMatch, PolicySpec, RouteLabels, SourceRef, Table,
     dialect::{Rules, envoy, gateway_api, ingress_nginx, native},
 };
+use crate::reason::PassReason;
 
 pub(crate) const LISTENER: ListenerId = ListenerId(0);
 /// Longer than the kernel compares.
@@ -30,8 +31,8 @@ fn policy(name: &str, hosts: &[&str], paths: &[&str], rules: Rules) -> PolicySpe
         listeners: vec![],
         hosts: hosts.iter().map(host).collect(),
         paths: paths.iter().map(path).collect(),
-        enabled: true,
-        stale: false,
+        for_methods: vec![],
+        passes: None,
         on_denied: None,
         rules,
     }
@@ -122,9 +123,13 @@ pub(crate) fn table(public_ports: &[u16]) -> Table {
         policy("any", &["*"], &["/any"], native(&cors(10))),
     ];
     let mut off = policy("off", &["off.example"], &["/"], native(&cors(1)));
-    off.enabled = false;
+    off.passes = Some(PassReason::Disabled);
     let mut passing = policy("passing", &["pass.example"], &["/"], native(&cors(12)));
     passing.on_denied = Some(OnDenied::Pass);
+    for (name, method) in [("split-put", Some("PUT")), ("split-others", None)] {
+        let split = policy(name, &["split.example"], &["/v1"], native(&cors(13)));
+        policies.push(PolicySpec { for_methods: method.into_iter().map(str::to_owned).collect(), ..split });
+    }
     policies.extend([off, passing]);
     Table::compile(&[listener], &policies, &mut RouteLabels::new(100), 1).0
 }
@@ -170,6 +175,7 @@ pub(crate) const HOSTS: &[&str] = &[
     "clash.example",
     "off.example",
     "pass.example",
+    "split.example",
     "other.example",
     "tenant.example",
     "API.example",

@@ -139,6 +139,8 @@ fn the_kernel_decides_what_browsers_send() {
         ("gateway.example", "/", "https://a.gate.example", "PUT", "x-a", outcome::Allowed),
         ("gateway.example", "/", "http://whatever.test", "PUT", "x-a", outcome::Allowed),
         ("all.example", "/", "https://evil.example", "PATCH", "x-a", outcome::Allowed),
+        ("off.example", "/", app, "PUT", "x-a", outcome::PassedRoute),
+        ("clash.example", "/both", app, "PUT", "x-a", outcome::PassedRoute),
         ("clash.example", "/c", app, "PUT", "x-a", outcome::PassedRoute),
         ("other.example", "/any/1", app, "PUT", "x-a", outcome::Allowed),
         ("192.0.2.1", "/any/1", app, "PUT", "x-a", outcome::Allowed),
@@ -151,8 +153,7 @@ fn the_kernel_decides_what_browsers_send() {
     }
     for (host, path, origin, method, headers, want) in [
         ("echo.example", "/", app, "PUT", "x-a", ask::Rules),
-        ("off.example", "/", app, "PUT", "x-a", ask::Rules),
-        ("clash.example", "/both", app, "PUT", "x-a", ask::Rules),
+        ("split.example", "/v1", app, "PUT", "x-a", ask::Rules),
         ("regex.example", "/plain", app, "PUT", "x-a", ask::Regex),
         ("long.example", samples::LONG_PATH, app, "PUT", "x-a", ask::LongPath),
         ("envoy.example", "/", "https://x.end.example", "PUT", "x-a", ask::Origin),
@@ -168,7 +169,7 @@ fn the_kernel_decides_what_browsers_send() {
         );
     }
     let left: Vec<_> = kernel.summary.left.keys().map(|name| &**name).collect();
-    assert_eq!(left, ["echo", "envoy", "long", "off", "regex", "unusual"]);
+    assert_eq!(left, ["echo", "envoy", "long", "regex", "split-others", "split-put", "unusual"]);
 }
 
 #[test]
@@ -184,8 +185,8 @@ fn what_does_not_fit_is_no_table_at_all() {
         listeners: vec![],
         hosts,
         paths: vec![PathMatch::Prefix("/".into())],
-        enabled: true,
-        stale: false,
+        for_methods: vec![],
+        passes: None,
         on_denied: None,
         rules,
     };

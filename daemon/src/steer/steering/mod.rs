@@ -739,7 +739,8 @@ fn hosts(services: &[Service], policies: &[PolicySpec]) -> HashSet<Host> {
     for service in services {
         let listener = u32::from(service.listener.0);
         let serves = |policy: &&PolicySpec| {
-            policy.enabled && (policy.listeners.is_empty() || policy.listeners.contains(&service.listener))
+            policy.passes.is_none()
+                && (policy.listeners.is_empty() || policy.listeners.contains(&service.listener))
         };
         for pattern in policies.iter().filter(serves).flat_map(|policy| &policy.hosts) {
             let (kind, hash) = match pattern {
