@@ -12,6 +12,7 @@ pub mod policy;
 pub mod publish;
 pub mod reason;
 pub mod relay;
+pub mod sources;
 #[cfg(feature = "ebpf")]
 pub mod steer;
 pub mod telemetry;

@@ -5,7 +5,7 @@ macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)+) => {
         /// Why a request goes to the proxy untouched. [`PassReason::as_str`] is the metric label and the word in
         /// `explain`: stable, never renamed.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u8)]
         pub enum PassReason { $($(#[$doc])* $variant,)+ }
 

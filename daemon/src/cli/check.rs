@@ -4,6 +4,7 @@ use super::{Check, Failure, Format, print};
 use crate::{
     config::{self, Diagnostic, Loaded},
     policy::RouteLabels,
+    sources::kubernetes::manifests::is_manifest,
 };
 use std::{fmt::Write as _, path::PathBuf, time::Duration};
 
@@ -16,7 +17,7 @@ pub(super) fn check(args: &Check) -> Result<(), Failure> {
     let mut policies = 0;
     for path in &args.files {
         let is_policy_file = std::fs::read(path)
-            .map(|bytes| config::is_policy_file(&String::from_utf8_lossy(&bytes)))
+            .map(|bytes| is_manifest(path) || config::is_policy_file(&String::from_utf8_lossy(&bytes)))
             .map_err(|e| Failure::Usage(format!("cannot read {}: {e}", path.display())))?;
         if is_policy_file {
             policy_files.push(path.clone());
@@ -29,7 +30,8 @@ pub(super) fn check(args: &Check) -> Result<(), Failure> {
         }
     }
     if !policy_files.is_empty() {
-        let loaded = config::load_policies_alone(&policy_files).map_err(|e| Failure::Usage(e.to_string()))?;
+        let loaded = config::load_policies_alone(&policy_files, args.manifests.manifests())
+            .map_err(|e| Failure::Usage(e.to_string()))?;
         policies += compiled(loaded, &mut findings);
     }
     match args.format {

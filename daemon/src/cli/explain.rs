@@ -26,7 +26,11 @@ pub(super) fn explain(args: &Explain) -> Result<(), Failure> {
     } else if let Some(path) = &args.from.config {
         explain_files(config::load(path), args.listener.as_deref(), &bytes)?
     } else {
-        explain_files(config::load_policies_alone(&args.from.policy), args.listener.as_deref(), &bytes)?
+        explain_files(
+            config::load_policies_alone(&args.from.policy, args.manifests.manifests()),
+            args.listener.as_deref(),
+            &bytes,
+        )?
     };
     match args.format {
         Format::Text => print(explain::render(&report)),

@@ -4,12 +4,16 @@
 //! 2 usage (wrong arguments, a file that cannot be read, a daemon that cannot be asked).
 #![forbid(unsafe_code)]
 
-use crate::config::LogFormat;
+use crate::{
+    config::{LogFormat, Manifests},
+    sources::kubernetes::resolve::GatewayDialect,
+};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 mod check;
 mod explain;
+mod import;
 mod log;
 mod probe;
 mod run;
@@ -37,6 +41,7 @@ enum Command {
     Check(Check),
     Probe(Probe),
     Explain(Box<Explain>),
+    Import(Import),
     Detach(Detach),
 }
 
@@ -83,6 +88,9 @@ struct Run {
     /// Instead of a file: how the upstream learns the client's address.
     #[arg(long, value_name = "HOW", requires = "listen", default_value = "auto")]
     proxy_protocol: ProxyProtocol,
+    /// Read policies from the API server too, as with kubernetes.enabled.
+    #[arg(long)]
+    kubernetes: bool,
     /// Overrides workers.count (0: one for each CPU).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1024))]
     workers: Option<u16>,
@@ -103,24 +111,29 @@ struct Run {
     log_format: Option<LogFormat>,
 }
 
-/// Checks configuration files and policy files.
+/// Checks configuration files, policy files and manifests.
 ///
-/// A file that holds nothing but [[policy]] tables is a policy file; all policy files of one call are checked
-/// together. Everything wrong or doubtful is printed with its line and a remedy.
+/// A file that holds nothing but [[policy]] tables is a policy file; .yaml, .yml and .json are manifests of Kubernetes. All
+/// policy files and manifests of one call are checked together. Everything wrong or doubtful is printed with its line, or
+/// its object and field, and a remedy.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   preflightd check /etc/preflightd/config.toml
   preflightd check --deny-warnings policies/*.toml
+  preflightd check routes.yaml ingresses.yaml
   preflightd check --format json config.toml | jq -r .message
 
 With --format json each finding is one object a line:
-  {\"severity\", \"code\", \"file\", \"line\", \"column\", \"message\", \"help\"}
+  {\"severity\", \"code\", \"file\", \"line\", \"column\", \"field\", \"message\", \"help\"}
+where of a manifest's object `file` is its kind, namespace and name, and `field` stands only there.
 
 Exit codes: 0 no errors, 1 errors (with --deny-warnings: any finding), 2 a file cannot be read.")]
 struct Check {
-    /// Configuration files or policy files.
+    /// Configuration files, policy files or manifests.
     #[arg(value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
+    #[command(flatten)]
+    manifests: ManifestArgs,
     /// How findings are printed.
     #[arg(long, default_value = "text")]
     format: Format,
@@ -208,6 +221,8 @@ struct Explain {
     #[command(flatten)]
     from: ExplainFrom,
     #[command(flatten)]
+    manifests: ManifestArgs,
+    #[command(flatten)]
     request: ExplainRequest,
     /// The listener that takes the request; the first one if not given.
     #[arg(long, value_name = "NAME")]
@@ -223,12 +238,73 @@ struct ExplainFrom {
     /// Ask the policies of this configuration.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Ask the policies of this file; may be repeated.
+    /// Ask the policies of this policy file or manifest (.yaml, .yml, .json); may be repeated.
     #[arg(long, value_name = "FILE")]
     policy: Vec<PathBuf>,
     /// Ask the running daemon by its Unix socket (admin.socket).
     #[arg(long, value_name = "PATH")]
     admin_socket: Option<PathBuf>,
+}
+
+/// How manifests are read.
+#[derive(Args, Debug)]
+struct ManifestArgs {
+    /// Of manifests: how a Gateway answers whose class is not among them, or not known.
+    #[arg(long, value_name = "DIALECT", default_value = "unknown")]
+    gateway_dialect: GatewayDialect,
+    /// Of manifests: only Gateways of this class; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    gateway_class: Vec<String>,
+    /// Of manifests: only Ingresses of this class; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    ingress_class: Vec<String>,
+}
+
+impl ManifestArgs {
+    fn manifests(&self) -> Manifests {
+        Manifests {
+            dialect: self.gateway_dialect,
+            gateway_classes: self.gateway_class.clone(),
+            ingress_classes: self.ingress_class.clone(),
+        }
+    }
+}
+
+/// Prints the policies that Kubernetes objects come down to, as a policy file.
+///
+/// Reads HTTPRoutes, Gateways, kgateway's TrafficPolicies, Ingresses and what they refer to, from manifests or from the API
+/// server, and changes nothing. Findings go to standard error: what is wrong, what is doubtful, and what cannot be modelled
+/// and therefore will pass to the proxy.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  preflightd import -f routes.yaml -f policies.yaml > policies.toml
+  kubectl get ingress -A -o yaml | preflightd import -f -
+  preflightd import -f httproute.yaml --gateway-dialect envoy
+  preflightd import --from cluster --context staging
+
+Exit codes: 0 no errors, 1 an object has errors (the rest is printed), 2 usage, or nothing could be read.")]
+struct Import {
+    /// A manifest, YAML or JSON; `-`: standard input; may be repeated.
+    #[arg(short = 'f', long = "file", value_name = "FILE", required_unless_present = "from")]
+    files: Vec<PathBuf>,
+    /// Read the objects of a cluster.
+    #[arg(long, value_name = "SOURCE", conflicts_with = "files")]
+    from: Option<ImportFrom>,
+    /// With --from cluster: how the API server is reached, as for kubectl.
+    #[arg(long, value_name = "FILE", requires = "from")]
+    kubeconfig: Option<PathBuf>,
+    /// With --from cluster: a context of the kubeconfig.
+    #[arg(long, value_name = "NAME", requires = "from")]
+    context: Option<String>,
+    #[command(flatten)]
+    manifests: ManifestArgs,
+}
+
+/// Where objects are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ImportFrom {
+    /// The API server.
+    Cluster,
 }
 
 #[derive(Args, Debug)]
@@ -336,6 +412,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Probe(args) => probe::probe(&args),
         Command::Explain(args) => explain::explain(&args),
+        Command::Import(args) => import::import(&args),
         Command::Detach(args) => steer::detach(&args),
     };
     let (code, message) = match result {

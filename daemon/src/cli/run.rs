@@ -10,7 +10,9 @@ use crate::{
     explain::{self, Sources},
     policy::{ListenerId, PolicySpec, RouteLabels, Table, labels::RouteLabel},
     publish::Publisher,
+    reason::PassReason,
     relay::{self, Relay, Ways},
+    sources::kubernetes::State,
     telemetry::{
         RelayStats, ReloadResult, Running, Status, WorkerStats,
         admin::{self, AdminSocket},
@@ -28,10 +30,11 @@ use std::{
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
     task::{JoinError, JoinHandle},
     time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 /// How often what comes back from the workers is freed, and the threads are looked after.
 const TICK: Duration = Duration::from_millis(200);
@@ -59,13 +62,14 @@ pub(super) fn run(args: &Run) -> Result<(), Failure> {
     let config = files.overridden(config);
     log::init(&config.log, args.log_level.as_deref())?;
     log_findings(&loaded.diagnostics);
-    files.paths = loaded.files;
+    files.paths.clone_from(&loaded.files);
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| Failure::Failed(format!("cannot start the control thread's runtime: {e}")))?;
-    let ended = runtime.block_on(control(files, config, table, labels));
+    let work = Work { labels, files: loaded };
+    let ended = runtime.block_on(control(files, config, table, work));
     // A reload that still compiles must not hold up the end.
     runtime.shutdown_background();
     ended.map_err(|e| {
@@ -84,6 +88,7 @@ struct Files {
     admin: Option<SocketAddr>,
     admin_socket: Option<PathBuf>,
     log_format: Option<config::LogFormat>,
+    kubernetes: bool,
     /// What was read the last time.
     paths: Vec<PathBuf>,
 }
@@ -130,6 +135,7 @@ impl Files {
             admin: args.admin,
             admin_socket: args.admin_socket.clone(),
             log_format: args.log_format,
+            kubernetes: args.kubernetes,
             paths: Vec::new(),
         }
     }
@@ -173,6 +179,7 @@ impl Files {
         if let Some(format) = self.log_format {
             config.log.format = format;
         }
+        config.kubernetes.enabled |= self.kubernetes;
         config
     }
 }
@@ -204,7 +211,7 @@ enum Told {
     Reload,
 }
 
-async fn control(files: Files, config: Config, table: Table, labels: RouteLabels) -> io::Result<()> {
+async fn control(files: Files, config: Config, table: Table, work: Work) -> io::Result<()> {
     // First of all: to reload while starting is to start. SIGTERM may end us until all runs.
     let hangup = on_signal(SignalKind::hangup())?;
     let metrics = match config.admin.address {
@@ -213,7 +220,11 @@ async fn control(files: Files, config: Config, table: Table, labels: RouteLabels
     };
     let socket = config.admin.socket.as_deref().map(AdminSocket::bind).transpose()?;
     let grace = config.limits.shutdown_grace;
-    let (mut daemon, status) = Daemon::start(config, table, &labels)?;
+    let kubernetes = Kubernetes::start(&config)?;
+    let (mut daemon, status) = Daemon::start(config, table, &work.labels)?;
+    if let Some(state) = kubernetes.state() {
+        status.set_kubernetes(state);
+    }
     let mut signals = Signals {
         terminate: on_signal(SignalKind::terminate())?,
         interrupt: on_signal(SignalKind::interrupt())?,
@@ -228,14 +239,14 @@ async fn control(files: Files, config: Config, table: Table, labels: RouteLabels
     if let Some(socket) = socket {
         surfaces.push(tokio::spawn(socket.serve(status.clone())));
     }
-    let mut reloader = Reloader::new(files, labels, status.clone());
+    let mut reloader = Reloader::new(files, work, status.clone(), kubernetes);
     let mut interfaces = daemon.steered.watch()?;
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let ended = loop {
         tokio::select! {
             signal = signals.next() => match signal {
-                Told::Reload => reloader.wanted("SIGHUP"),
+                Told::Reload => reloader.wanted("SIGHUP", true),
                 Told::End(signal) => {
                     info!(signal, grace = ?grace, "draining: no new connections; a second signal ends at once");
                     break daemon.drain(grace, &status, &mut signals).await;
@@ -407,22 +418,92 @@ impl Daemon {
     }
 }
 
-/// Reads the files anew, off the control thread, one reload at a time.
+/// Policies from the API server, if they are wanted.
+struct Kubernetes {
+    state: Option<watch::Receiver<Arc<State>>>,
+    /// What was compiled last.
+    revision: u64,
+    #[cfg(feature = "kubernetes")]
+    _source: Option<crate::sources::kubernetes::client::Source>,
+}
+
+impl Kubernetes {
+    #[cfg(feature = "kubernetes")]
+    fn start(config: &Config) -> io::Result<Self> {
+        let source = config
+            .kubernetes
+            .enabled
+            .then(|| crate::sources::kubernetes::client::Source::start(config))
+            .transpose()
+            .map_err(|e| doing("start the thread that reads Kubernetes", &e))?;
+        Ok(Self { state: source.as_ref().map(|source| source.state()), revision: 0, _source: source })
+    }
+
+    #[cfg(not(feature = "kubernetes"))]
+    fn start(config: &Config) -> io::Result<Self> {
+        if config.kubernetes.enabled {
+            return Err(io::Error::other(
+                "this preflightd was built without Kubernetes: build it with the feature `kubernetes`",
+            ));
+        }
+        Ok(Self { state: None, revision: 0 })
+    }
+
+    fn state(&self) -> Option<watch::Receiver<Arc<State>>> {
+        self.state.clone()
+    }
+
+    /// Waits until there is something to compile.
+    async fn changed(&mut self) {
+        let Some(state) = &mut self.state else { return std::future::pending().await };
+        loop {
+            if state.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+            if state.borrow_and_update().revision != self.revision {
+                return;
+            }
+        }
+    }
+
+    /// The policies that hold now.
+    fn policies(&mut self) -> Vec<PolicySpec> {
+        let Some(state) = &self.state else { return Vec::new() };
+        let state = state.borrow().clone();
+        self.revision = state.revision;
+        let stale = state.stale.then_some(PassReason::Stale);
+        let specs = state.policies.iter().map(|policy| &policy.spec);
+        specs.map(|spec| PolicySpec { passes: spec.passes.or(stale), ..spec.clone() }).collect()
+    }
+}
+
+/// What one reload leaves to the next.
+struct Work {
+    /// Numbers of labels must not be given twice.
+    labels: RouteLabels,
+    /// The last files without errors.
+    files: Loaded,
+}
+
+/// Compiles anew when files or objects have changed, off the control thread, one reload at a time.
 struct Reloader {
     files: Files,
     status: Arc<Status>,
     watch: Option<Watch>,
-    /// With the reload while one runs: numbers of labels must not be given twice.
-    labels: Option<RouteLabels>,
+    kubernetes: Kubernetes,
+    /// With the reload while one runs.
+    work: Option<Work>,
     generation: u64,
     running: Option<JoinHandle<Reload>>,
-    again: bool,
+    /// Once more after the one that runs; true: reading the files.
+    again: Option<bool>,
 }
 
 /// What a reload brings.
 struct Reload {
-    labels: RouteLabels,
-    files: Vec<PathBuf>,
+    work: Work,
+    /// The files that were read; `None`: none was.
+    files: Option<Vec<PathBuf>>,
     outcome: Result<Reloaded, ReloadResult>,
 }
 
@@ -431,15 +512,24 @@ struct Reloaded {
     labels: Arc<[RouteLabel]>,
     sources: Arc<Sources>,
     policies: Arc<[PolicySpec]>,
+    findings: Arc<[Diagnostic]>,
     steer: config::Steer,
 }
 
 impl Reloader {
-    fn new(files: Files, labels: RouteLabels, status: Arc<Status>) -> Self {
+    fn new(files: Files, work: Work, status: Arc<Status>, kubernetes: Kubernetes) -> Self {
         let watch =
             Watch::new().map_err(|e| warn!("cannot watch files, only SIGHUP reloads policies: {e}")).ok();
-        let mut this =
-            Self { files, status, watch, labels: Some(labels), generation: 1, running: None, again: false };
+        let mut this = Self {
+            files,
+            status,
+            watch,
+            kubernetes,
+            work: Some(work),
+            generation: 1,
+            running: None,
+            again: None,
+        };
         this.watch_files();
         this
     }
@@ -452,7 +542,7 @@ impl Reloader {
         }
     }
 
-    /// Waits for changed files, which begin a reload, or for the end of one, which may bring a new table.
+    /// Waits for changed files or objects, which begin a reload, or for the end of one, which may bring a new table.
     async fn next(&mut self) -> Option<Reloaded> {
         let changed = async {
             match &self.watch {
@@ -468,24 +558,34 @@ impl Reloader {
         };
         tokio::select! {
             () = changed => {
-                self.wanted("changed files");
+                self.wanted("changed files", true);
+                None
+            }
+            () = self.kubernetes.changed() => {
+                self.wanted("changed objects of Kubernetes", false);
                 None
             }
             reload = done => self.done(reload),
         }
     }
 
-    /// Begins to reload, or does it again after the present one: its files may have changed since it read them.
-    fn wanted(&mut self, why: &str) {
-        let Some(mut labels) = self.labels.take() else {
-            self.again = true;
+    /// Begins to reload, or does it again after the present one: what it read may have changed since. `read`: the files too.
+    fn wanted(&mut self, why: &str, read: bool) {
+        let Some(mut work) = self.work.take() else {
+            self.again = Some(self.again.unwrap_or(false) || read);
             return;
         };
-        info!(why, "reading the policies anew");
-        let (files, status, generation) = (self.files.clone(), self.status.clone(), self.generation + 1);
+        if read {
+            info!(why, "reading the policies anew");
+        } else {
+            debug!(why, "compiling the policies anew");
+        }
+        let objects = self.kubernetes.policies();
+        let files = read.then(|| self.files.clone());
+        let (status, generation) = (self.status.clone(), self.generation + 1);
         self.running = Some(tokio::task::spawn_blocking(move || {
-            let (outcome, read) = reload(&files, &status, &mut labels, generation);
-            Reload { labels, files: read, outcome }
+            let (outcome, files) = reload(files.as_ref(), &objects, &status, &mut work, generation);
+            Reload { work, files, outcome }
         }));
     }
 
@@ -500,74 +600,109 @@ impl Reloader {
                 return None;
             }
         };
-        self.labels = Some(reload.labels);
-        if !reload.files.is_empty() {
-            self.files.paths = reload.files;
+        self.work = Some(reload.work);
+        let read = reload.files.is_some();
+        if let Some(files) = reload.files {
+            if !files.is_empty() {
+                self.files.paths = files;
+            }
+            self.watch_files();
         }
-        self.watch_files();
         let result = reload.outcome.as_ref().map_or_else(|result| *result, |_| ReloadResult::Applied);
         let reloaded = {
             let mut running = self.status.running();
-            running.reloads[result as usize] += 1;
-            running.current = result == ReloadResult::Applied;
+            if read {
+                running.reloads[result as usize] += 1;
+                running.current = result == ReloadResult::Applied;
+            }
             reload.outcome.ok().inspect(|reloaded| {
                 running.table = reloaded.table.clone();
                 running.labels = reloaded.labels.clone();
                 running.sources = reloaded.sources.clone();
+                running.findings = reloaded.findings.clone();
             })
         };
         if let Some(Reloaded { table, .. }) = &reloaded {
             self.generation = table.generation();
-            info!(generation = table.generation(), policies = table.policies(), "the policies were replaced");
+            let (generation, policies) = (table.generation(), table.policies());
+            if read {
+                info!(generation, policies, "the policies were replaced");
+            } else {
+                debug!(generation, policies, "the policies were replaced");
+            }
         } else {
             error!(result = result.as_str(), "the policies stay as they were");
         }
-        if std::mem::take(&mut self.again) {
-            self.wanted("changed files");
+        if let Some(read) = self.again.take() {
+            self.wanted("changed meanwhile", read);
         }
         reloaded
     }
 }
 
-/// Reads and compiles. Also returns which files were read.
+/// Reads the files, if any are given, and compiles them with what objects came down to. Also returns which files were read.
 fn reload(
-    files: &Files,
+    files: Option<&Files>,
+    objects: &[PolicySpec],
     status: &Status,
-    labels: &mut RouteLabels,
+    work: &mut Work,
     generation: u64,
-) -> (Result<Reloaded, ReloadResult>, Vec<PathBuf>) {
-    let mut loaded = match files.load() {
-        Ok(loaded) => loaded,
-        Err(e) => {
-            error!("{e}");
-            return (Err(ReloadResult::Unreadable), Vec::new());
+) -> (Result<Reloaded, ReloadResult>, Option<Vec<PathBuf>>) {
+    let mut read = None;
+    let mut new = None;
+    if let Some(files) = files {
+        let mut loaded = match files.load() {
+            Ok(loaded) => loaded,
+            Err(e) => {
+                error!("{e}");
+                return (Err(ReloadResult::Unreadable), Some(Vec::new()));
+            }
+        };
+        read = Some(std::mem::take(&mut loaded.files));
+        if let Some(config) = &mut loaded.config {
+            *config = files.overridden(config.clone());
+            let changed = config.changed_sections(&status.config);
+            if !changed.is_empty() {
+                warn!(
+                    sections = changed.join(", "),
+                    "these need a restart: only policies, and what [steer] says of mode, storm, share, firewall and kernel answers, change while running"
+                );
+            }
+            config.policies = config.policies_for(&status.config.listeners);
         }
-    };
-    let read = std::mem::take(&mut loaded.files);
-    if let Some(config) = &mut loaded.config {
-        *config = files.overridden(config.clone());
-        let changed = config.changed_sections(&status.config);
-        if !changed.is_empty() {
-            warn!(
-                sections = changed.join(", "),
-                "these need a restart: only policies, and what [steer] says of mode, storm, share, firewall and kernel answers, change while running"
-            );
-        }
-        config.policies = config.policies_for(&status.config.listeners);
+        new = Some(loaded);
     }
-    let table = loaded.compile(&status.config.listener_specs(), labels, generation);
-    log_findings(&loaded.diagnostics);
-    let outcome = match (table, loaded.config) {
-        (Some(table), Some(config)) => Ok(Reloaded {
-            table: Arc::new(table),
-            labels: labels.all().into(),
-            sources: Arc::new(explain::sources(&config.policies)),
-            policies: config.policies,
-            steer: config.steer,
-        }),
-        _ => Err(ReloadResult::Refused),
+    let loaded = new.as_ref().unwrap_or(&work.files);
+    let Some(config) = &loaded.config else {
+        log_findings(&loaded.diagnostics);
+        return (Err(ReloadResult::Refused), read);
     };
-    (outcome, read)
+    let policies: Arc<[PolicySpec]> = if objects.is_empty() {
+        config.policies.clone()
+    } else {
+        config.policies.iter().chain(objects).cloned().collect()
+    };
+    let specs = status.config.listener_specs();
+    let (table, found) = loaded.compile_all(&specs, &policies, &mut work.labels, generation);
+    if read.is_some() {
+        log_findings(&loaded.diagnostics);
+        log_findings(&found);
+    }
+    let Some(table) = table else { return (Err(ReloadResult::Refused), read) };
+    let findings = loaded.diagnostics.iter().cloned().chain(found).collect();
+    let steer = config.steer.clone();
+    if let Some(new) = new {
+        work.files = new;
+    }
+    let reloaded = Reloaded {
+        table: Arc::new(table),
+        labels: work.labels.all().into(),
+        sources: Arc::new(explain::sources(&policies)),
+        policies,
+        findings,
+        steer,
+    };
+    (Ok(reloaded), read)
 }
 
 fn log_findings(findings: &[Diagnostic]) {

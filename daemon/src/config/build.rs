@@ -1,7 +1,7 @@
 //! From shapes to a configuration: what concerns several values at once, and where policies come from.
 
 use super::{
-    Config, Diagnostic, Listener, Loaded, raw,
+    Alone, Config, Diagnostic, Listener, Loaded, raw,
     source::{At, Problem, Source, Step, did_you_mean, shape, take_tables},
 };
 use crate::{
@@ -11,6 +11,11 @@ use crate::{
     },
     reason::PassReason,
     relay::ProxyProtocol,
+    sources::kubernetes::{
+        manifests,
+        objects::World,
+        resolve::{GatewayDialect, Resolver},
+    },
 };
 use ahash::{AHashMap, AHashSet};
 use std::{
@@ -56,13 +61,16 @@ pub(super) fn load_text(name: &str, text: &str) -> Loaded {
     build.finish(root.map(|root| root.config))
 }
 
-pub(super) fn load_policies(mut base: Config, files: &[PathBuf], any_listener: bool) -> io::Result<Loaded> {
+pub(super) fn load_policies(mut base: Config, files: &[PathBuf], alone: Alone) -> io::Result<Loaded> {
     let mut build = Build { files: files.to_vec(), ..Build::default() };
     for path in files {
-        let source = Source::new(&path.display().to_string(), read(path)?);
-        build.policy_file(source);
+        build.policies_in(path, read(path)?);
     }
-    if any_listener {
+    if let Alone::Yes(manifests) = alone {
+        base.kubernetes.gateway_classes = manifests.gateway_classes;
+        base.kubernetes.ingress_classes = manifests.ingress_classes;
+        build.assume = manifests.dialect;
+
         let named = build.policies.iter().flat_map(|p| p.raw.listeners.iter().cloned());
         let mut names: Vec<String> = std::iter::once("default".to_owned()).chain(named).collect();
         let mut seen = AHashSet::new();
@@ -158,6 +166,11 @@ struct Build {
     problems: Vec<Vec<Problem>>,
     policies: Vec<ReadPolicy>,
     files: Vec<PathBuf>,
+    /// Of manifests.
+    world: World,
+    assume: GatewayDialect,
+    /// Findings about files that are no TOML.
+    others: Vec<Diagnostic>,
 }
 
 struct ReadPolicy {
@@ -205,12 +218,32 @@ impl Build {
                 steer: root.steer,
                 admin: root.admin,
                 log: root.log,
+                kubernetes: root.kubernetes,
                 ..Config::of_listeners(listeners)
             };
             Root { config, policy_dir: root.policy_dir, policy_files: root.policy_files }
         });
         self.problems[index].append(&mut problems);
         root
+    }
+
+    /// A policy file, or a manifest.
+    fn policies_in(&mut self, path: &Path, text: Arc<str>) {
+        let name = path.display().to_string();
+        if !manifests::is_manifest(path) {
+            self.policy_file(Source::new(&name, text));
+            return;
+        }
+        let (severity, message, help) = match manifests::read(&text, &mut self.world) {
+            Ok(read) if read.objects > 0 => return,
+            Ok(read) => (
+                Severity::Warning,
+                format!("no object in it says anything about preflights ({} of other kinds)", read.others),
+                "name manifests of HTTPRoutes, TrafficPolicies or Ingresses",
+            ),
+            Err(error) => (Severity::Error, error, "write it as `kubectl apply -f` takes it"),
+        };
+        self.others.push(Diagnostic::of_file(severity, "manifest", &name, message, help.to_owned()));
     }
 
     fn policy_file(&mut self, source: Source) {
@@ -268,7 +301,7 @@ impl Build {
     fn policy_path(&mut self, path: &Path, at: &At) {
         self.files.push(path.to_owned());
         match read(path) {
-            Ok(text) => self.policy_file(Source::new(&path.display().to_string(), text)),
+            Ok(text) => self.policies_in(path, text),
             Err(e) => self.unreadable(e.to_string(), at.clone()),
         }
     }
@@ -284,6 +317,8 @@ impl Build {
         let (policies, places) = self.policy_specs(listeners);
         if config.is_some()
             && self.policies.is_empty()
+            && self.world.is_empty()
+            && config.as_ref().is_none_or(|config| !config.kubernetes.enabled)
             && self.problems.iter().flatten().all(|p| p.severity == Severity::Warning)
             && let Some(problems) = self.problems.first_mut()
         {
@@ -291,12 +326,25 @@ impl Build {
             let message = "no policies: every request goes to the upstream";
             problems.push(Problem::warning("no-policies", At::Span(0..0), message, help));
         }
-        let diagnostics: Vec<_> = in_order(&self.sources, self.problems).collect();
+        let mut diagnostics: Vec<_> = in_order(&self.sources, self.problems).chain(self.others).collect();
         let refused = diagnostics.iter().any(Diagnostic::is_error);
+        let mut policies = policies;
+        let mut imported = Vec::new();
+        if let Some(config) = &config
+            && !self.world.is_empty()
+        {
+            let settings = config.resolve_settings(Some(self.assume));
+            let import = Resolver::default().resolve(&self.world, &settings);
+            // What is wrong in an object makes its preflights pass, and refuses nothing.
+            diagnostics.extend(import.findings.iter().map(Diagnostic::of_object));
+            policies.extend(import.policies.iter().map(|policy| policy.spec.clone()));
+            imported = import.policies;
+        }
         Loaded {
             config: config.filter(|_| !refused).map(|config| Config { policies: policies.into(), ..config }),
             diagnostics,
             files: self.files,
+            imported,
             origins: Origins { sources: self.sources, places },
         }
     }
@@ -623,6 +671,8 @@ fn listeners(
             transparent: raw.transparent,
             public_ports: raw.public_ports,
             addresses: raw.addresses.into_iter().map(|ip| ip.0).collect(),
+            gateways: raw.gateways.into_iter().map(|name| name.0).collect(),
+            ingress_classes: raw.ingress_classes,
         };
         if !names.insert(listener.name.clone()) {
             let message = format!("another listener is named `{}` too", listener.name);

@@ -1,6 +1,6 @@
 //! Findings in files, shown as compilers show them: where, the line itself, and what to do about it.
 
-use crate::policy::Severity;
+use crate::{policy::Severity, sources::kubernetes::resolve::Noted};
 use anstyle::{AnsiColor, Style};
 use serde::Serialize;
 use std::{fmt, sync::Arc};
@@ -19,6 +19,9 @@ pub struct Diagnostic {
     pub line: u32,
     /// Column from 1 in characters; 0 where there is none.
     pub column: u32,
+    /// The field of an object; empty of a file.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub field: String,
     /// What is wrong.
     pub message: String,
     /// What to do about it; may be empty.
@@ -66,7 +69,27 @@ impl Diagnostic {
         message: String,
         help: String,
     ) -> Self {
-        Self { severity, code, file: file.into(), line: 0, column: 0, message, help, excerpt: None }
+        Self {
+            severity,
+            code,
+            file: file.into(),
+            line: 0,
+            column: 0,
+            field: String::new(),
+            message,
+            help,
+            excerpt: None,
+        }
+    }
+
+    /// One about an object of Kubernetes.
+    pub fn of_object(noted: &Noted) -> Self {
+        let (message, help) = (noted.message.clone(), noted.help.clone());
+        let object = noted.object.to_string();
+        Self {
+            field: noted.field.clone(),
+            ..Self::of_file(noted.severity, noted.code, &object, message, help)
+        }
     }
 
     /// Refused.
@@ -74,10 +97,12 @@ impl Diagnostic {
         self.severity == Severity::Error
     }
 
-    /// `file:line:column`, as far as there is one.
+    /// `file:line:column`, or `object: field`, as far as there is one.
     pub fn place(&self) -> String {
-        if self.line == 0 {
+        if self.line == 0 && self.field.is_empty() {
             escape(&self.file)
+        } else if self.line == 0 {
+            format!("{}: {}", escape(&self.file), escape(&self.field))
         } else {
             format!("{}:{}:{}", escape(&self.file), self.line, self.column)
         }
@@ -98,7 +123,7 @@ impl fmt::Display for Diagnostic {
         writeln!(
             f,
             "{loud}{}[{}]{loud:#}{bold}: {}{bold:#}",
-            word(self.severity),
+            self.severity.as_str(),
             self.code,
             escape(&self.message)
         )?;
@@ -113,14 +138,6 @@ impl fmt::Display for Diagnostic {
             writeln!(f, "{:gutter$} {dim}={dim:#} {bold}help{bold:#}: {}", "", escape(line))?;
         }
         Ok(())
-    }
-}
-
-/// `error` or `warning`.
-fn word(severity: Severity) -> &'static str {
-    match severity {
-        Severity::Error => "error",
-        Severity::Warning => "warning",
     }
 }
 
@@ -146,7 +163,7 @@ fn is_unsafe(c: char) -> bool {
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn severity_word<S: serde::Serializer>(severity: &Severity, s: S) -> Result<S::Ok, S::Error> {
-    s.serialize_str(word(*severity))
+    s.serialize_str(severity.as_str())
 }
 
 #[cfg(test)]
@@ -161,6 +178,7 @@ mod tests {
             file: "p.toml".into(),
             line: 12,
             column: 3,
+            field: String::new(),
             message: "unknown key `orgins`".into(),
             help: "did you mean `origins`?".into(),
             excerpt: Some(Excerpt::new("  orgins = []", 2, 8)),

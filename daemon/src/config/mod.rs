@@ -7,10 +7,12 @@ use crate::{
     http::HeadLimits,
     policy::{ListenerId, ListenerSpec, PolicySpec, RouteLabels, Table},
     relay::{self, ProxyProtocol, RelayLimits, Upstream},
+    sources::kubernetes::resolve::{self, GatewayDialect, Imported, Scope},
     worker::{ConnectionLimits, EngineChoice},
 };
 use serde::Deserialize;
 use std::{
+    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -44,7 +46,9 @@ pub struct Config {
     pub admin: Admin,
     /// `[log]`.
     pub log: Log,
-    /// Every policy: of the file itself, of `policy_files`, of `policy_dir`, in this order.
+    /// `[kubernetes]`.
+    pub kubernetes: Kubernetes,
+    /// Every policy: of the file itself, of `policy_files`, of `policy_dir`, of manifests, in this order.
     pub policies: Arc<[PolicySpec]>,
 }
 
@@ -67,6 +71,10 @@ pub struct Listener {
     pub public_ports: Vec<u16>,
     /// Further IP addresses by which clients rightly call it.
     pub addresses: Vec<IpAddr>,
+    /// The Gateways that the proxy behind it serves, `namespace/name` or `namespace/name/listener`.
+    pub gateways: Vec<String>,
+    /// The IngressClasses that it serves. With both lists empty: all that `[kubernetes]` selects.
+    pub ingress_classes: Vec<String>,
 }
 
 /// `[workers]`.
@@ -227,6 +235,37 @@ pub struct Log {
     pub format: LogFormat,
 }
 
+/// `[kubernetes]`: policies from the API server.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kubernetes {
+    /// Read them.
+    pub enabled: bool,
+    /// How the API server is reached; empty: as a pod, else as kubectl does.
+    pub kubeconfig: String,
+    /// A context of it; empty: the current one.
+    pub context: String,
+    /// Only objects of these namespaces; empty: of all.
+    pub namespaces: Vec<String>,
+    /// Only HTTPRoutes and Ingresses with these labels; empty: all.
+    #[serde(deserialize_with = "raw::label_selector")]
+    pub label_selector: String,
+    /// Only Gateways of these classes; empty: of all.
+    pub gateway_classes: Vec<String>,
+    /// Only Ingresses of these classes; empty: of all of ingress-nginx.
+    pub ingress_classes: Vec<String>,
+    /// How Gateways answer, by the name of their class or of its controller.
+    pub dialects: BTreeMap<String, GatewayDialect>,
+    /// From when on policies pass, if the API server cannot be asked.
+    #[serde(deserialize_with = "raw::duration")]
+    pub stale_after: Duration,
+    /// How often everything is listed anew.
+    #[serde(deserialize_with = "raw::duration")]
+    pub resync: Duration,
+    /// Findings are written to the objects as events.
+    pub events: bool,
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -297,6 +336,24 @@ impl Default for Admin {
     }
 }
 
+impl Default for Kubernetes {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            kubeconfig: String::new(),
+            context: String::new(),
+            namespaces: Vec::new(),
+            label_selector: String::new(),
+            gateway_classes: Vec::new(),
+            ingress_classes: Vec::new(),
+            dialects: BTreeMap::new(),
+            stale_after: Duration::from_mins(5),
+            resync: Duration::from_hours(1),
+            events: false,
+        }
+    }
+}
+
 impl Default for Log {
     fn default() -> Self {
         Self { level: "info".to_owned(), format: LogFormat::Text }
@@ -312,6 +369,8 @@ pub struct Loaded {
     pub diagnostics: Vec<Diagnostic>,
     /// The files and directories that it was read from.
     pub files: Vec<PathBuf>,
+    /// What manifests among the files came down to; part of the configuration's policies.
+    pub imported: Vec<Imported>,
     origins: build::Origins,
 }
 
@@ -334,15 +393,39 @@ pub fn load_str(name: &str, text: &str) -> (Option<Config>, Vec<Diagnostic>) {
 /// # Errors
 /// A file cannot be read.
 pub fn load_policies(base: Config, files: &[PathBuf]) -> io::Result<Loaded> {
-    build::load_policies(base, files, false)
+    build::load_policies(base, files, Alone::No)
 }
 
-/// Loads policy files alone: every listener that a policy names is taken to exist, beside one named `default`.
+/// Loads policy files and manifests alone: every listener that a policy names is taken to exist, beside one named
+/// `default`; of manifests, what is not among them is taken to be as `manifests` says.
 ///
 /// # Errors
 /// A file cannot be read.
-pub fn load_policies_alone(files: &[PathBuf]) -> io::Result<Loaded> {
-    build::load_policies(Config::of_listeners(Vec::new()), files, true)
+pub fn load_policies_alone(files: &[PathBuf], manifests: Manifests) -> io::Result<Loaded> {
+    build::load_policies(Config::of_listeners(Vec::new()), files, Alone::Yes(manifests))
+}
+
+/// How manifests are read that stand for themselves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifests {
+    /// How Gateways answer whose class is not among them.
+    pub dialect: GatewayDialect,
+    /// Only Gateways of these classes; empty: of all.
+    pub gateway_classes: Vec<String>,
+    /// Only Ingresses of these classes; empty: those of ingress-nginx.
+    pub ingress_classes: Vec<String>,
+}
+
+impl Default for Manifests {
+    fn default() -> Self {
+        Self { dialect: GatewayDialect::Unknown, gateway_classes: Vec::new(), ingress_classes: Vec::new() }
+    }
+}
+
+/// Whether policy files are all there is.
+enum Alone {
+    Yes(Manifests),
+    No,
 }
 
 /// Whether a file holds nothing but policies: such a file is no configuration, but part of one.
@@ -360,12 +443,24 @@ impl Loaded {
         labels: &mut RouteLabels,
         generation: u64,
     ) -> Option<Table> {
-        let config = self.config.as_ref()?;
-        let (table, findings) = Table::compile(listeners, &config.policies, labels, generation);
-        let mut found = self.origins.diagnostics(&config.policies, findings);
-        let refused = found.iter().any(Diagnostic::is_error);
+        let policies = self.config.as_ref()?.policies.clone();
+        let (table, mut found) = self.compile_all(listeners, &policies, labels, generation);
         self.diagnostics.append(&mut found);
-        (!refused).then_some(table)
+        table
+    }
+
+    /// Compiles policies of which the first are these files' own; also returns what the table finds.
+    pub fn compile_all(
+        &self,
+        listeners: &[ListenerSpec],
+        policies: &[PolicySpec],
+        labels: &mut RouteLabels,
+        generation: u64,
+    ) -> (Option<Table>, Vec<Diagnostic>) {
+        let (table, findings) = Table::compile(listeners, policies, labels, generation);
+        let found = self.origins.diagnostics(policies, findings);
+        let refused = found.iter().any(Diagnostic::is_error);
+        ((!refused).then_some(table), found)
     }
 
     /// Asks each upstream with `proxy_protocol = "auto"` whether it takes the PROXY protocol, and warns where the
@@ -414,6 +509,7 @@ impl Config {
             steer: Steer::default(),
             admin: Admin::default(),
             log: Log::default(),
+            kubernetes: Kubernetes::default(),
             policies: Arc::new([]),
         }
     }
@@ -480,10 +576,27 @@ impl Config {
             ("steer", self.steer.without_live() != other.steer.without_live()),
             ("admin", self.admin != other.admin),
             ("log", self.log != other.log),
+            ("kubernetes", self.kubernetes != other.kubernetes),
         ]
         .into_iter()
         .filter_map(|(name, changed)| changed.then_some(name))
         .collect()
+    }
+
+    /// What of Kubernetes' objects concerns us. `assume`: of manifests, what is not among them.
+    pub fn resolve_settings(&self, assume: Option<GatewayDialect>) -> resolve::Settings {
+        let scopes = self.listeners.iter().enumerate().map(|(i, listener)| Scope {
+            listener: ListenerId(i as u16),
+            gateways: listener.gateways.clone(),
+            ingress_classes: listener.ingress_classes.clone(),
+        });
+        resolve::Settings {
+            gateway_classes: self.kubernetes.gateway_classes.clone(),
+            ingress_classes: self.kubernetes.ingress_classes.clone(),
+            dialects: self.kubernetes.dialects.clone(),
+            assume,
+            listeners: scopes.collect(),
+        }
     }
 
     /// The policies by the numbers of the listeners in `running`, where both differ. A policy that serves only
@@ -527,6 +640,8 @@ impl Listener {
             transparent: false,
             public_ports: Vec::new(),
             addresses: Vec::new(),
+            gateways: Vec::new(),
+            ingress_classes: Vec::new(),
         }
     }
 

@@ -28,6 +28,7 @@ pub(super) struct Root {
     pub(super) steer: super::Steer,
     pub(super) admin: super::Admin,
     pub(super) log: super::Log,
+    pub(super) kubernetes: super::Kubernetes,
     pub(super) policy_dir: String,
     pub(super) policy_files: Vec<String>,
     /// Read table by table before; here only if they have another type.
@@ -79,6 +80,8 @@ pub(super) struct Listener {
     pub(super) transparent: bool,
     pub(super) public_ports: Vec<u16>,
     pub(super) addresses: Vec<Text<Ip>>,
+    pub(super) gateways: Vec<Text<GatewayName>>,
+    pub(super) ingress_classes: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -415,6 +418,45 @@ impl FromText for Ip {
     }
 }
 
+/// A Gateway, or a listener of one.
+#[derive(Debug)]
+pub(super) struct GatewayName;
+
+impl FromText for GatewayName {
+    type Value = String;
+    const EXPECTED: &'static str = "a Gateway in quotes, such as \"infra/web\"";
+    fn from_text(text: &str) -> Result<String, String> {
+        if !matches!(text.split('/').count(), 2 | 3) || text.split('/').any(str::is_empty) {
+            return Err(format!(
+                "`{text}` is no Gateway\nwrite \"namespace/name\", or \"namespace/name/listener\" for one of its listeners"
+            ));
+        }
+        Ok(text.to_owned())
+    }
+}
+
+/// A selector of labels, as `kubectl -l` has it; for `deserialize_with`.
+pub(super) fn label_selector<'de, D: Deserializer<'de>>(d: D) -> Result<String, D::Error> {
+    text::<Selector, D>(d)
+}
+
+#[derive(Debug)]
+struct Selector;
+
+impl FromText for Selector {
+    type Value = String;
+    const EXPECTED: &'static str = "labels in quotes, such as \"team=shop,tier!=test\"";
+    fn from_text(text: &str) -> Result<String, String> {
+        let fits = |c: char| c.is_ascii_alphanumeric() || "-._/=!,() ".contains(c);
+        if !text.chars().all(fits) {
+            return Err(format!(
+                "`{text}` is no selector of labels\nwrite it as for `kubectl get -l`, such as \"team=shop,tier!=test\""
+            ));
+        }
+        Ok(text.trim().to_owned())
+    }
+}
+
 /// A listener's name: a metric label, and a word on the command line.
 #[derive(Debug)]
 pub(super) struct ListenerName;
@@ -441,8 +483,8 @@ impl FromText for PolicyName {
     type Value = String;
     const EXPECTED: &'static str = "a name in quotes";
     fn from_text(text: &str) -> Result<String, String> {
-        if text.is_empty() || text.len() > 253 || text.chars().any(char::is_control) {
-            return Err(format!("`{text}` is no policy name\nuse 1 to 253 bytes without control characters"));
+        if text.is_empty() || text.len() > 512 || text.chars().any(char::is_control) {
+            return Err(format!("`{text}` is no policy name\nuse 1 to 512 bytes without control characters"));
         }
         Ok(text.to_owned())
     }

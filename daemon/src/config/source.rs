@@ -125,6 +125,7 @@ impl Source {
         let start_in_line = (start - begin).min(text.len());
         let end_in_line = floor(&self.text, span.end).saturating_sub(begin).clamp(start_in_line, text.len());
         Diagnostic {
+            field: String::new(),
             severity: problem.severity,
             code: problem.code,
             file: self.name.clone(),

@@ -61,6 +61,7 @@ fn the_example_names_every_key() {
         ("steer", "[steer]\nzzz = 1"),
         ("admin", "[admin]\nzzz = 1"),
         ("log", "[log]\nzzz = 1"),
+        ("kubernetes", "[kubernetes]\nzzz = 1"),
         ("policy", "[[policy]]\nzzz = 1"),
         ("gateway-api", "[[policy]]\n[policy.gateway-api]\nzzz = 1"),
         ("envoy", "[[policy]]\n[policy.envoy]\nzzz = 1"),

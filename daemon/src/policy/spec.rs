@@ -137,6 +137,16 @@ pub enum Severity {
     Error,
 }
 
+impl Severity {
+    /// `error` or `warning`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        }
+    }
+}
+
 /// Something wrong or doubtful in a policy; whoever read the file adds file, line and column.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {

@@ -3,10 +3,11 @@
 //! Nothing is counted here: a scrape adds up the workers' cells and sets the registry to the sums.
 
 use super::{LATENCY_BUCKETS_US, ReloadResult, Status};
+use crate::sources::kubernetes::State;
 use metrics::{counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt::Write as _,
     sync::{Mutex, PoisonError, atomic::Ordering},
 };
@@ -17,7 +18,12 @@ pub struct Metrics {
     handle: PrometheusHandle,
     /// Scrapes one after the other: a later one must not show less than an earlier one.
     scrape: Mutex<()>,
+    /// Kinds of findings that were shown.
+    findings: Mutex<Findings>,
 }
+
+/// Source, severity and code.
+type Findings = HashSet<(&'static str, &'static str, &'static str)>;
 
 impl std::fmt::Debug for Metrics {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -37,7 +43,7 @@ impl Metrics {
         let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
         metrics::with_local_recorder(&recorder, describe);
-        Self { recorder, handle, scrape: Mutex::new(()) }
+        Self { recorder, handle, scrape: Mutex::new(()), findings: Mutex::default() }
     }
 
     /// The exposition.
@@ -48,6 +54,10 @@ impl Metrics {
             connections(status);
             relay(status);
             process(status);
+            findings(status, &self.findings);
+            if let Some(state) = status.kubernetes() {
+                kubernetes(&state);
+            }
             #[cfg(feature = "ebpf")]
             steer(status);
         });
@@ -110,10 +120,74 @@ fn describe() {
         "preflightd_policies_current",
         "1: the policies that run are those of the files. 0: the last reload was refused."
     );
+    describe_gauge!(
+        "preflightd_policy_findings",
+        "What is wrong or doubtful in the policies that run, by severity and code; `source` is `files` or `kubernetes`."
+    );
+    describe_gauge!("preflightd_kubernetes_objects", "Objects of Kubernetes that are known, by kind.");
+    describe_gauge!(
+        "preflightd_kubernetes_policies",
+        "Policies that objects came down to. `answer`: answered here; `pass`: left to the proxy."
+    );
+    describe_gauge!("preflightd_kubernetes_synced", "1: all objects have been listed.");
+    describe_gauge!(
+        "preflightd_kubernetes_stale",
+        "1: the API server could not be asked for longer than kubernetes.stale_after, and policies from it pass."
+    );
+    describe_gauge!(
+        "preflightd_kubernetes_age_seconds",
+        "Time since the API server answered and every watch was well; a few seconds are usual."
+    );
+    describe_counter!("preflightd_kubernetes_failures_total", "Lists and watches that failed, by kind.");
+    describe_gauge!(
+        "preflightd_kubernetes_resolve_seconds",
+        "How long all objects took to be resolved, the last time."
+    );
     describe_gauge!("preflightd_ready", "1: every worker answers, and it does not shut down.");
     describe_gauge!("preflightd_start_time_seconds", "When it was started, in seconds since 1970.");
     describe_gauge!("preflightd_build_info", "Its version.");
     describe_gauge!("preflightd_engine_info", "What drives the workers' sockets and the relay.");
+}
+
+/// Of policies that run; a code that is not found any more goes back to 0.
+fn findings(status: &Status, told: &Mutex<Findings>) {
+    let mut sums: HashMap<_, u32> = HashMap::new();
+    for finding in status.running().findings.iter() {
+        *sums.entry(("files", finding.severity.as_str(), finding.code)).or_default() += 1;
+    }
+    for finding in status.kubernetes().iter().flat_map(|state| state.findings.iter()) {
+        *sums.entry(("kubernetes", finding.severity.as_str(), finding.code)).or_default() += 1;
+    }
+    let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+    for known in told.iter() {
+        sums.entry(*known).or_default();
+    }
+    for ((source, severity, code), count) in sums {
+        told.insert((source, severity, code));
+        gauge!("preflightd_policy_findings", "source" => source, "severity" => severity, "code" => code)
+            .set(f64::from(count));
+    }
+}
+
+fn kubernetes(state: &State) {
+    #[expect(clippy::cast_precision_loss, reason = "a count")]
+    let number = |count: usize| count as f64;
+    for (kind, count) in &state.objects {
+        gauge!("preflightd_kubernetes_objects", "kind" => *kind).set(number(*count));
+    }
+    let passing = state.policies.iter().filter(|policy| policy.spec.passes.is_some()).count();
+    for (what, count) in [("pass", passing), ("answer", state.policies.len() - passing)] {
+        gauge!("preflightd_kubernetes_policies", "what" => what).set(number(count));
+    }
+    gauge!("preflightd_kubernetes_synced").set(f64::from(u8::from(state.synced)));
+    gauge!("preflightd_kubernetes_stale").set(f64::from(u8::from(state.stale)));
+    if let Some(age) = state.age() {
+        gauge!("preflightd_kubernetes_age_seconds").set(age.as_secs_f64());
+    }
+    for (kind, count) in &state.failures {
+        counter!("preflightd_kubernetes_failures_total", "kind" => *kind).absolute(*count);
+    }
+    gauge!("preflightd_kubernetes_resolve_seconds").set(state.resolving.as_secs_f64());
 }
 
 fn requests(status: &Status) {

@@ -2,20 +2,22 @@
 
 use super::{RelayStats, WorkerStats};
 use crate::{
-    config::Config,
+    config::{Config, Diagnostic},
     explain::{self, Context, Report, Sources},
     http::HeadLimits,
     policy::{KernelTable, ListenerId, Table, labels::RouteLabel},
+    sources::kubernetes::State,
 };
 use serde_json::json;
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
+use tokio::sync::watch;
 
 /// What runs.
 #[derive(Debug)]
@@ -37,6 +39,7 @@ pub struct Status {
     ready: AtomicBool,
     draining: AtomicBool,
     running: Mutex<Running>,
+    kubernetes: OnceLock<watch::Receiver<Arc<State>>>,
     #[cfg(feature = "ebpf")]
     steer: Mutex<Option<crate::steer::Report>>,
 }
@@ -56,6 +59,8 @@ pub struct Running {
     pub reloads: [u64; 3],
     /// Whether what runs is what the files say: false after a refused reload.
     pub current: bool,
+    /// What is doubtful in what runs, but for objects of Kubernetes taken alone.
+    pub findings: Arc<[Diagnostic]>,
 }
 
 /// How a reload ended.
@@ -94,6 +99,7 @@ impl Running {
             generations: Vec::new(),
             reloads: [0; 3],
             current: true,
+            findings: Arc::new([]),
         }
     }
 }
@@ -120,9 +126,21 @@ impl Status {
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             running: Mutex::new(running),
+            kubernetes: OnceLock::new(),
             #[cfg(feature = "ebpf")]
             steer: Mutex::new(None),
         }
+    }
+
+    /// The API server is a source of policies.
+    pub fn set_kubernetes(&self, state: watch::Receiver<Arc<State>>) {
+        // Only once.
+        let _ = self.kubernetes.set(state);
+    }
+
+    /// What is known of it; `None`: it is none.
+    pub fn kubernetes(&self) -> Option<Arc<State>> {
+        self.kubernetes.get().map(|state| state.borrow().clone())
     }
 
     /// What a reload replaces.
@@ -209,6 +227,9 @@ impl Status {
             .iter()
             .map(|result| (result.as_str().to_owned(), json!(running.reloads[*result as usize])))
             .collect();
+        /// More are counted, and not shown.
+        const SHOWN: usize = 1000;
+        let findings = running.findings.iter().take(SHOWN).collect::<Vec<_>>();
         #[cfg(feature = "ebpf")]
         let steer = self.steer().map(|report| report.json());
         #[cfg(not(feature = "ebpf"))]
@@ -229,6 +250,9 @@ impl Status {
             "generations": running.generations,
             "reloads": reloads,
             "files_current": running.current,
+            "findings": findings,
+            "findings_total": running.findings.len(),
+            "kubernetes": self.kubernetes().map(|state| state.json()),
         })
     }
 }

@@ -41,6 +41,14 @@ impl Rules {
         Rules::Native(native::Rules(Arc::clone(&NONE)))
     }
 
+    /// The same, of Ingresses: their wildcard hosts have exactly one label for the star.
+    pub fn none_of_one_label() -> Self {
+        match Self::none() {
+            Rules::Native(native::Rules(core)) => Rules::IngressNginx(ingress_nginx::Rules(core)),
+            other => other,
+        }
+    }
+
     pub(super) fn core(&self) -> &Arc<Core> {
         match self {
             Rules::Native(rules) => &rules.0,
