@@ -14,7 +14,7 @@ use crate::{
 };
 use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType};
 use preflightd::steer::{self, EmptyProgram};
-use preflightd_tests::{client, daemon::Metrics, netns::Netns};
+use preflightd_tests::{client, daemon::Metrics, ingress_nginx, netns::Netns};
 use std::{
     fmt::{self, Display},
     fs, io,
@@ -98,7 +98,12 @@ impl Serving {
     /// rightly, but does not tell the origins of one policy from another's.
     pub fn mixed() -> Self {
         let origins = "(https://o[0-9]+\\-r[0-9]+\\.shop\\-[0-9]+\\.example)|(https://[a-z0-9\\-]+\\.preview\\.example\\.com)";
-        let config = peers::ingress_for(LISTEN, "~^api\\.shop\\-[0-9]+\\.example$", "~ ^", origins);
+        let config = peers::ingress_for(
+            LISTEN,
+            "~^api\\.shop\\-[0-9]+\\.example$",
+            "~ ^",
+            ingress_nginx::allow_matching(origins),
+        );
         Self {
             nginx: node_ingress(&config),
             files: false,

@@ -17,7 +17,6 @@ pub mod openloop;
 pub mod peers;
 pub mod policies;
 pub mod process;
-mod random;
 pub mod report;
 pub mod rounds;
 pub mod share;

@@ -4,9 +4,9 @@
 
 use crate::{
     policies,
-    random::Random,
     workload::{Chrome, Request},
 };
+use preflightd_tests::random::Random;
 use std::iter;
 
 /// Hosts.

@@ -10,6 +10,11 @@ use crate::{
     process,
     workload::Request,
 };
+use preflightd_tests::{
+    envoy::{self, VirtualHost},
+    ingress_nginx,
+};
+use serde_json::json;
 use std::{
     env, fmt, fs, io,
     net::{Ipv4Addr, SocketAddrV4, TcpListener},
@@ -284,14 +289,28 @@ fn command(peer: Peer, dir: &Path, address: SocketAddrV4) -> io::Result<Command>
             haproxy(dir, &config)
         }
         Peer::Envoy => {
-            let matcher = |origin| format!("{{ exact: \"{origin}\" }}");
-            let config = fill(include_str!("../peers/envoy.yaml"), address, matcher, ", ");
-            let mut command = Command::new(envoy_binary()?);
-            command.arg("-c").arg(write(dir, "envoy.yaml", &config)?);
-            command.args(["--concurrency", "1", "--disable-hot-restart", "-l", "warning"]);
-            Ok(command)
+            let binary = envoy::binary().ok_or_else(|| {
+                let what =
+                    "looking for Envoy in .tools/envoy: it is not there; `cargo xtask setup` installs it";
+                io::Error::new(io::ErrorKind::NotFound, what)
+            })?;
+            let config = envoy::config(address.into(), &[envoy_host()], NOBODY.into()).to_string();
+            Ok(envoy::command(&binary, &write(dir, "envoy.json", &config)?))
         }
     }
+}
+
+/// The policy that all servers share, in Envoy's words.
+fn envoy_host() -> VirtualHost {
+    let origins = (0..Size::SMALL.origins).map(|number| json!({"exact": policies::origin(0, 0, number)}));
+    let cors = json!({
+        "allow_origin_string_match": origins.collect::<Vec<_>>(),
+        "allow_methods": METHODS.join(", "),
+        "allow_headers": HEADERS.join(", "),
+        "max_age": MAX_AGE.to_string(),
+        "allow_credentials": true,
+    });
+    VirtualHost { host: policies::host(0), cors: None, routes: vec![(policies::prefix(0), Some(cors))] }
 }
 
 fn haproxy_relays(dir: &Path, address: SocketAddrV4, upstream: SocketAddrV4) -> io::Result<Command> {
@@ -338,23 +357,24 @@ pub(crate) fn nginx(dir: &Path, config: &str) -> io::Result<Command> {
 
 /// The configuration that ingress-nginx writes, for a server at `address`.
 pub(crate) fn ingress(address: SocketAddrV4) -> String {
-    let alternative = |origin: String| format!("({})", origin.replace('.', "\\.").replace('-', "\\-"));
-    fill(&ingress_template(), address, alternative, "|")
+    let origins: Vec<_> = (0..Size::SMALL.origins).map(|number| policies::origin(0, 0, number)).collect();
+    ingress_for(address, &policies::host(0), &policies::prefix(0), ingress_nginx::allow(&origins))
 }
 
-/// The same for other hosts, path prefixes and origins; the latter is a regular expression.
-pub(crate) fn ingress_for(address: SocketAddrV4, host: &str, prefix: &str, origins: &str) -> String {
-    fill_for(&ingress_template(), address, host, prefix, origins)
-}
-
-fn ingress_template() -> String {
-    include_str!("../peers/nginx-ingress.conf").replace("@MODULES@", nginx_modules())
-}
-
-/// Debian's and Fedora's places for dynamic modules.
-fn nginx_modules() -> &'static str {
-    let places = ["/usr/lib/nginx/modules", "/usr/lib64/nginx/modules"];
-    places.into_iter().find(|place| Path::new(place).is_dir()).unwrap_or(places[0])
+/// The same for other hosts, path prefixes and origins; the latter as the directives that allow them.
+pub(crate) fn ingress_for(address: SocketAddrV4, host: &str, prefix: &str, allow: String) -> String {
+    let cors = ingress_nginx::Cors {
+        allow,
+        methods: METHODS.join(", "),
+        headers: HEADERS.join(", "),
+        credentials: true,
+        expose: String::new(),
+        max_age: MAX_AGE.into(),
+    };
+    let template = include_str!("../peers/nginx-ingress.conf")
+        .replace("@LOAD_MODULE@", &ingress_nginx::load_module())
+        .replace("@CORS@", &cors.directives());
+    fill_for(&template, address, host, prefix, "")
 }
 
 fn haproxy(dir: &Path, config: &str) -> io::Result<Command> {
@@ -368,23 +388,4 @@ pub(crate) fn write(dir: &Path, name: &str, text: &str) -> io::Result<PathBuf> {
     let path = dir.join(name);
     fs::write(&path, text)?;
     Ok(path)
-}
-
-/// Envoy's binary from the Python environment below `.tools` that set-up makes.
-fn envoy_binary() -> io::Result<PathBuf> {
-    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/envoy");
-    envoy_in(&tools).ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::NotFound,
-            "looking for Envoy in .tools/envoy: it is not there; `cargo xtask setup --bench` installs it",
-        )
-    })
-}
-
-fn envoy_in(tools: &Path) -> Option<PathBuf> {
-    let pythons = fs::read_dir(tools.join("lib")).ok()?;
-    pythons
-        .flatten()
-        .map(|python| python.path().join("site-packages/envoy/_bin/envoy"))
-        .find(|binary| binary.is_file())
 }

@@ -1,7 +1,8 @@
 //! Interleaved rounds: every combination once a round in shuffled order, disturbed slices measured again.
 #![forbid(unsafe_code)]
 
-use crate::{random::Random, stats::Estimate};
+use crate::stats::Estimate;
+use preflightd_tests::random::Random;
 use std::{collections::HashMap, hash::Hash, io, time::Duration};
 
 /// A slice counts if other work took less than this share of one CPU meanwhile.

@@ -644,13 +644,13 @@ fn ingress_nginx_configs() {
         let origins: Vec<&str> =
             parsed.get("origins").map_or(vec![], |o| items(o).iter().map(text).collect());
         if parsed.get("origins").is_some() && origins.is_empty() {
-            // nginx's regex of an empty list matches every origin: left to nginx.
+            // For an empty list the template writes no regex: no origin is allowed.
             let got = preflight(
                 &table(vec![("/", ingress_rules(&annotations).0)]),
                 "/",
                 &from("https://x.example"),
             );
-            assert!(matches!(got, Got::Passed(PassReason::Unsupported)), "{name}: {got:?}");
+            assert!(matches!(got, Got::Passed(PassReason::OriginNotAllowed)), "{name}: {got:?}");
             assert_eq!(
                 warned.iter().filter(|c| **c == "annotation-default").count(),
                 6,

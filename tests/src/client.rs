@@ -13,6 +13,7 @@ use std::{
 pub struct Client {
     stream: TcpStream,
     buffer: Vec<u8>,
+    lenient: bool,
 }
 
 /// A response, parsed strictly: whatever RFC 9112 does not allow a server to send is an error.
@@ -45,7 +46,13 @@ impl Client {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self { stream, buffer: Vec::new() })
+        Ok(Self { stream, buffer: Vec::new(), lenient: false })
+    }
+
+    /// Bears a `Content-Length: 0` on a 204, which RFC 9110 §8.6 forbids and nginx with its headers-more module sends.
+    #[must_use]
+    pub fn lenient(self) -> Self {
+        Self { lenient: true, ..self }
     }
 
     /// Sends bytes.
@@ -86,12 +93,12 @@ impl Client {
     /// the socket says.
     pub fn try_response(&mut self) -> io::Result<Response> {
         loop {
-            if let Some((response, length)) = Response::parse(&self.buffer, false)? {
+            if let Some((response, length)) = Response::read(&self.buffer, false, self.lenient)? {
                 self.buffer.drain(..length);
                 return Ok(response);
             }
             if self.read_some()? == 0 {
-                let whole = Response::parse(&self.buffer, true)?;
+                let whole = Response::read(&self.buffer, true, self.lenient)?;
                 let (response, length) = whole.ok_or_else(|| {
                     let text = String::from_utf8_lossy(&self.buffer);
                     io::Error::new(
@@ -180,6 +187,10 @@ impl Response {
 
     /// The response at the start of `bytes` and its length, if it is complete. `ended`: no more bytes will come.
     pub(crate) fn parse(bytes: &[u8], ended: bool) -> io::Result<Option<(Self, usize)>> {
+        Self::read(bytes, ended, false)
+    }
+
+    fn read(bytes: &[u8], ended: bool, lenient: bool) -> io::Result<Option<(Self, usize)>> {
         let Some(head_length) = bytes.windows(4).position(|w| w == b"\r\n\r\n").map(|at| at + 4) else {
             return Ok(None);
         };
@@ -214,7 +225,8 @@ impl Response {
         let length = response.header("content-length").map(str::parse::<usize>);
         let body_length = if status < 200 || status == 204 || status == 304 {
             // RFC 9110 §8.6: no Content-Length in a 1xx or 204.
-            if status != 304 && (length.is_some() || chunked) {
+            let borne = lenient && length == Some(Ok(0));
+            if status != 304 && (length.is_some() || chunked) && !borne {
                 return Err(bad("a length where there is no content"));
             }
             0

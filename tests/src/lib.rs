@@ -9,10 +9,13 @@
 pub mod browser;
 pub mod client;
 pub mod daemon;
+pub mod envoy;
+pub mod ingress_nginx;
 pub mod link;
 pub mod load;
 pub mod netns;
 pub mod nginx;
+pub mod random;
 pub mod site;
 pub mod smuggling;
 pub mod steering;

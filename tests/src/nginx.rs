@@ -39,6 +39,16 @@ impl Nginx {
     pub fn start_workers(
         workers: u32,
         addresses: &[SocketAddr],
+        command: Command,
+        servers: impl FnOnce(&Path) -> String,
+    ) -> Self {
+        Self::start_main(&format!("worker_processes {workers};"), addresses, command, servers)
+    }
+
+    /// As [`Nginx::start_with`], with these directives outside of all blocks: modules to load, say.
+    pub fn start_main(
+        main: &str,
+        addresses: &[SocketAddr],
         mut command: Command,
         servers: impl FnOnce(&Path) -> String,
     ) -> Self {
@@ -51,7 +61,7 @@ impl Nginx {
         }
         write!(
             config,
-            "worker_processes {workers};
+            "{main}
             pid {dir}/nginx.pid;
             error_log {dir}/error.log notice;
             events {{ worker_connections 16384; }}

@@ -50,11 +50,19 @@ pub fn have(programs: &[&str]) -> bool {
     if missing.is_empty() {
         return true;
     }
-    let what = format!("not installed: {}", missing.join(", "));
+    skip(&missing.join(", "));
+    false
+}
+
+/// Says that a test is skipped because `missing` is not installed.
+///
+/// # Panics
+/// In CI, where nothing may be skipped.
+pub fn skip(missing: &str) {
+    let what = format!("not installed: {missing}");
     let in_ci = env::var("CI").is_ok_and(|value| !matches!(&*value, "" | "0" | "false"));
     assert!(!in_ci, "{what} (`cargo xtask setup` installs what the tests need)");
     eprintln!("skipped: {what}");
-    false
 }
 
 /// Waits until `probe` gives something.

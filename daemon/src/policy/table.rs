@@ -900,6 +900,16 @@ mod tests {
                 ),
             ),
             (
+                "stars with credentials, empty lines",
+                &credentials,
+                &[b"".as_slice(), b"x-b", b"", b"x-c"],
+                false,
+                format!(
+                    "{origin}Access-Control-Allow-Credentials: true\r\n{vary}Access-Control-Allow-Methods: GET\r\n\
+                     Access-Control-Allow-Headers: x-b,x-c\r\n"
+                ),
+            ),
+            (
                 "stars with credentials, no headers",
                 &credentials,
                 none,

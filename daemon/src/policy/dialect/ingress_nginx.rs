@@ -36,25 +36,25 @@ pub fn validate(annotations: &Annotations) -> (Option<Rules>, Vec<Finding>) {
 #[derive(Debug, PartialEq, Eq)]
 struct Config {
     enabled: bool,
-    /// `*` alone is every origin, none at all is a regex that matches everything.
+    /// `*` alone is every origin, none at all is none.
     origins: Vec<String>,
     methods: String,
     headers: String,
     credentials: bool,
     expose: String,
     max_age: i64,
+    /// A list has a line break or a tab, which nginx sends as it stands: a head that is not modelled.
+    broken: bool,
 }
 
 impl Config {
     fn read(annotations: &Annotations, findings: &mut Findings) -> Self {
+        // As written: booleans and numbers with blanks around them are none.
         let get = |name: &str| {
-            annotations
-                .get(name)
-                .or_else(|| annotations.get(&format!("{PREFIX}{name}")))
-                .map(|v| normalise(v))
+            annotations.get(name).or_else(|| annotations.get(&format!("{PREFIX}{name}"))).map(String::as_str)
         };
-        let enabled = boolean(findings, "enable-cors", get("enable-cors").as_deref(), false);
-        let config = Self {
+        let enabled = boolean(findings, "enable-cors", get("enable-cors"), false);
+        let mut config = Self {
             enabled,
             origins: origins(findings, get("cors-allow-origin")),
             methods: list(findings, "cors-allow-methods", get("cors-allow-methods"), DEFAULT_METHODS, |s| {
@@ -65,18 +65,30 @@ impl Config {
                 // ^[A-Za-z0-9-_, ]*$
                 s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b',' | b' '))
             }),
-            credentials: boolean(
-                findings,
-                "cors-allow-credentials",
-                get("cors-allow-credentials").as_deref(),
-                true,
-            ),
+            credentials: boolean(findings, "cors-allow-credentials", get("cors-allow-credentials"), true),
             expose: list(findings, "cors-expose-headers", get("cors-expose-headers"), "", |s| {
                 // ^(([A-Za-z0-9\-\_]+|\*),?\s?)+$
                 separated(s, |b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'*'))
             }),
             max_age: integer(findings, "cors-max-age", get("cors-max-age"), DEFAULT_MAX_AGE),
+            broken: false,
         };
+        for (field, value) in
+            [("cors-allow-methods", &config.methods), ("cors-expose-headers", &config.expose)]
+        {
+            if value.bytes().any(|b| b.is_ascii_control()) {
+                config.broken = true;
+                findings.warn(
+                    "annotation-control",
+                    (field, None),
+                    format!(
+                        "nginx sends `{}` as it stands; preflights of this Ingress go to the proxy",
+                        value.escape_debug()
+                    ),
+                    "Write the names in one line, separated by commas.",
+                );
+            }
+        }
         if enabled {
             config.lint(annotations, findings);
         } else if annotations.keys().any(|k| k.strip_prefix(PREFIX).unwrap_or(k).starts_with("cors-")) {
@@ -110,8 +122,7 @@ impl Config {
             findings.warn(
                 "origins-empty",
                 ("cors-allow-origin", None),
-                "no entry is valid, and from an empty list nginx builds a regex that matches every origin; \
-                 preflights of this Ingress go to the proxy",
+                "no entry is valid, so nginx allows no origin; preflights of this Ingress go to the proxy",
                 "List origins such as `https://app.example`.",
             );
         }
@@ -182,7 +193,7 @@ impl Config {
         if !self.enabled {
             return Core::passing(PassReason::Disabled);
         }
-        if self.origins.is_empty() {
+        if self.broken {
             return Core::passing(PassReason::Unsupported);
         }
         let star = self.origins == ["*"];
@@ -212,11 +223,17 @@ fn normalise(value: &str) -> String {
     value.split('\n').map(str::trim).collect::<Vec<_>>().join("\n")
 }
 
+/// What the controller's check of an annotation sees (its `ValidateRegex`), before any line is trimmed.
+fn without_blanks(value: &str) -> String {
+    value.replace(' ', "")
+}
+
 /// `cors-allow-origin`: entries that the controller would not take are skipped, `*` takes all over.
-fn origins(findings: &mut Findings, value: Option<String>) -> Vec<String> {
+fn origins(findings: &mut Findings, value: Option<&str>) -> Vec<String> {
     const FIELD: &str = "cors-allow-origin";
     let all = vec!["*".to_owned()];
-    let Some(value) = value else { return all };
+    let Some(raw) = value else { return all };
+    let value = normalise(raw);
     if value.is_empty() {
         findings.warn(
             "annotation-default",
@@ -226,11 +243,11 @@ fn origins(findings: &mut Findings, value: Option<String>) -> Vec<String> {
         );
         return all;
     }
-    if !is_origin_list(&value.replace(' ', "")) {
+    if !is_origin_list(&without_blanks(raw)) {
         findings.warn(
             "annotation-default",
             (FIELD, None),
-            format!("nginx rejects `{}` and falls back to `*`: every origin is allowed", value.escape_debug()),
+            format!("nginx rejects `{}` and falls back to `*`: every origin is allowed", raw.escape_debug()),
             "Write origins such as `https://app.example:8443` or `https://*.example.com`, separated by commas.",
         );
         return all;
@@ -308,33 +325,29 @@ fn separated(text: &str, inner: impl Fn(u8) -> bool) -> bool {
 fn list(
     findings: &mut Findings,
     field: &'static str,
-    value: Option<String>,
+    value: Option<&str>,
     default: &str,
     valid: impl Fn(&str) -> bool,
 ) -> String {
-    match value {
-        None => default.to_owned(),
-        // A line break would end the header in nginx's configuration.
-        Some(value) if !value.is_empty() && valid(&value) && !value.bytes().any(|b| b.is_ascii_control()) => {
-            value
-        }
-        Some(value) => {
-            let sent =
-                if default.is_empty() { "sends none".to_owned() } else { format!("sends `{default}`") };
-            let help = if value == "*" {
-                "`*` is not supported here: list the names."
-            } else {
-                "Write names separated by commas."
-            };
-            findings.warn(
-                "annotation-default",
-                (field, None),
-                format!("nginx ignores `{}` and {sent}", value.escape_debug()),
-                help,
-            );
-            default.to_owned()
-        }
+    let Some(value) = value else { return default.to_owned() };
+    let normal = normalise(value);
+    // The check of the annotation must let it through, and the parser take it.
+    if !normal.is_empty() && valid(&without_blanks(value)) && valid(&normal) {
+        return normal;
     }
+    let sent = if default.is_empty() { "sends none".to_owned() } else { format!("sends `{default}`") };
+    let help = if normal == "*" {
+        "`*` is not supported here: list the names."
+    } else {
+        "Write names separated by commas."
+    };
+    findings.warn(
+        "annotation-default",
+        (field, None),
+        format!("nginx ignores `{}` and {sent}", value.escape_debug()),
+        help,
+    );
+    default.to_owned()
 }
 
 /// As Go's `strconv.ParseBool`.
@@ -356,7 +369,7 @@ fn boolean(findings: &mut Findings, field: &'static str, value: Option<&str>, de
 }
 
 /// As Go's `strconv.Atoi`.
-fn integer(findings: &mut Findings, field: &'static str, value: Option<String>, default: i64) -> i64 {
+fn integer(findings: &mut Findings, field: &'static str, value: Option<&str>, default: i64) -> i64 {
     match value.map(|v| v.parse::<i64>().map_err(|_| v)) {
         None => default,
         Some(Ok(number)) => number,
@@ -368,6 +381,67 @@ fn integer(findings: &mut Findings, field: &'static str, value: Option<String>, 
                 "Write whole seconds.",
             );
             default
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn annotations_are_checked_as_written() {
+        let read = |name: &str, value: &str| {
+            let annotations =
+                [("enable-cors", "true"), (name, value)].map(|(n, v)| (n.to_owned(), v.to_owned())).into();
+            Config::read(&annotations, &mut Findings::default())
+        };
+        for (name, value, kept) in [
+            // Numbers and booleans as Go reads them: with blanks they are none.
+            ("cors-max-age", "600", true),
+            ("cors-max-age", " 600", false),
+            ("cors-max-age", "600\n", false),
+            ("cors-allow-credentials", "false", true),
+            ("cors-allow-credentials", "false ", false),
+            // The check sees lists without blanks, but with all else that trimming would take away.
+            ("cors-allow-origin", " https://a.example ", true),
+            ("cors-allow-origin", "\thttps://a.example", false),
+            ("cors-allow-origin", "https://a.example\n", false),
+            ("cors-allow-headers", " x-a ", true),
+            ("cors-allow-headers", "x-a\t", false),
+            ("cors-allow-methods", " PUT ", true),
+            ("cors-allow-methods", "PUT\t", true),
+            ("cors-allow-methods", "\tPUT", false),
+            ("cors-allow-methods", "GET,  PUT", false),
+            ("cors-expose-headers", " x-a", true),
+            ("cors-expose-headers", "\tx-a", false),
+        ] {
+            let default = read("unrelated", "");
+            assert_eq!(read(name, value) != default, kept, "{name}: {value:?}");
+        }
+        assert!(read("enable-cors", "true").enabled);
+        for value in [" true", "true\n", "\ttrue"] {
+            assert!(!read("enable-cors", value).enabled, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn control_characters_within_a_list_pass() {
+        for (name, value, broken) in [
+            ("cors-allow-methods", "GET,\tPUT", true),
+            ("cors-allow-methods", "GET,\nPUT", true),
+            ("cors-allow-methods", "PUT\n", true),
+            ("cors-expose-headers", "x-a,\nx-b", true),
+            // Not taken at all.
+            ("cors-allow-headers", "x-a,\nx-b", false),
+            ("cors-allow-methods", "GET,\n\nPUT", false),
+        ] {
+            let annotations =
+                [("enable-cors", "true"), (name, value)].map(|(n, v)| (n.to_owned(), v.to_owned())).into();
+            let (rules, findings) = validate(&annotations);
+            let gate = rules.expect("imported annotations are never refused").0.gate;
+            assert_eq!(gate, broken.then_some(PassReason::Unsupported), "{name}: {value:?}");
+            assert_eq!(findings.iter().any(|f| f.code == "annotation-control"), broken, "{name}: {value:?}");
         }
     }
 }
