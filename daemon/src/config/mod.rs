@@ -286,7 +286,8 @@ impl Default for Workers {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            max_head_bytes: 16_384,
+            // nginx takes no longer lines, and browsers send none.
+            max_head_bytes: 8_192,
             header_timeout: Duration::from_secs(10),
             // Chrome keeps a connection that it opened ahead of need for five minutes.
             idle_timeout: Duration::from_mins(5),
