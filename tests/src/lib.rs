@@ -8,6 +8,7 @@
 
 pub mod browser;
 pub mod client;
+pub mod cluster;
 pub mod daemon;
 pub mod envoy;
 pub mod ingress_nginx;
@@ -23,6 +24,7 @@ pub mod upstream;
 pub mod wire;
 
 pub use client::{Client, Response};
+pub use cluster::Cluster;
 pub use daemon::{Config, Daemon, Engine};
 pub use nginx::Nginx;
 pub use upstream::{Behaviour, Upstream};

@@ -8,7 +8,7 @@ use std::{
     panic,
     process::{self, Command},
     sync::atomic::{AtomicU32, Ordering},
-    thread,
+    thread::{self, JoinHandle},
 };
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -114,15 +114,21 @@ impl Netns {
     /// # Panics
     /// If the namespace cannot be entered, and as `f` does.
     pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        let path = self.path();
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
-                let netns = File::open(&path).unwrap_or_else(|error| panic!("cannot open {path}: {error}"));
-                move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))
-                    .unwrap_or_else(|error| panic!("cannot enter {path}: {error}"));
+                move_into(&self.path());
                 f()
             });
             inside.join().unwrap_or_else(|payload| panic::resume_unwind(payload))
+        })
+    }
+
+    /// Begins `f` on a thread of its own in the namespace, as [`Netns::enter`].
+    pub fn spawn<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        let path = self.path();
+        thread::spawn(move || {
+            move_into(&path);
+            f()
         })
     }
 
@@ -138,6 +144,13 @@ impl Drop for Netns {
             eprintln!("cannot remove the namespace: ip netns delete {}", self.name);
         }
     }
+}
+
+/// Moves this thread.
+fn move_into(path: &str) {
+    let netns = File::open(path).unwrap_or_else(|error| panic!("cannot open {path}: {error}"));
+    move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))
+        .unwrap_or_else(|error| panic!("cannot enter {path}: {error}"));
 }
 
 fn run(command: &mut Command) {

@@ -35,11 +35,12 @@ pub fn free_address() -> SocketAddr {
     panic!("no free port in {PORTS:?}");
 }
 
-/// Finds a program in `PATH` or the system directories that a user's `PATH` may lack.
+/// Finds a program in `PATH`, the system directories that a user's `PATH` may lack, or what the set-up has made.
 pub fn program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
+    let made = concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools");
     env::split_paths(&path)
-        .chain(["/usr/sbin", "/usr/bin", "/sbin"].map(PathBuf::from))
+        .chain(["/usr/sbin", "/usr/bin", "/sbin", made].map(PathBuf::from))
         .map(|directory| directory.join(name))
         .find(|file| file.is_file())
 }

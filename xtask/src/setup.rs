@@ -1,7 +1,10 @@
 //! `cargo xtask setup`: installs what the build, the tests and the demo need, and nothing that is there already.
 //!
 //! On Debian and Ubuntu as root it installs by apt. Everywhere else it names the commands to run. What it builds itself
-//! goes to `.tools/` in the repository (the eBPF linker, Envoy) or to cargo's own directory (cargo's subcommands).
+//! goes to `.tools/` in the repository (the eBPF linker, Envoy), to cargo's own directory (cargo's subcommands) or to the
+//! user's cache (kube-apiserver).
+
+mod kube_apiserver;
 
 use std::{
     env, fmt, fs,
@@ -41,6 +44,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !arguments.demo {
         rust_components(&mut by_hand)?;
         cargo_tool("nextest")?;
+        kube_apiserver::install(&mut by_hand)?;
         envoy(&mut by_hand)?;
     }
     by_hand.finish()
@@ -82,6 +86,8 @@ const TESTS: &[Need] = &[
     Need { package: "ethtool", present: Present::Program("ethtool") },
     Need { package: "valgrind", present: Present::Program("valgrind") },
     Need { package: "prometheus", present: Present::Program("promtool") },
+    // For kube-apiserver, which no package has.
+    Need { package: "etcd-server", present: Present::Program("etcd") },
 ];
 
 /// Cargo's subcommands that the tests need, and the version to install where there is none.

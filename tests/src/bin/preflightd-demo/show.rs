@@ -174,7 +174,7 @@ fn cpu(pid: u32) -> Duration {
         let nanoseconds = schedstat.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
         total += Duration::from_nanos(nanoseconds);
         let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-        total += children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(cpu).sum();
+        total += children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(cpu).sum::<Duration>();
     }
     total
 }
