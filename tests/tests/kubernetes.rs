@@ -97,10 +97,11 @@ fn accept(cluster: &Cluster, name: &str, accepted: &str) {
 }
 
 fn ingress(cluster: &Cluster, name: &str, annotations: &[(&str, &str)]) {
-    let annotations: String = annotations
+    let annotations: Vec<_> = annotations
         .iter()
-        .map(|(key, value)| format!("nginx.ingress.kubernetes.io/{key}: '{value}', "))
+        .map(|(key, value)| format!("nginx.ingress.kubernetes.io/{key}: '{value}'"))
         .collect();
+    let annotations = annotations.join(", ");
     cluster.apply(&format!(
         "
 apiVersion: networking.k8s.io/v1
@@ -149,7 +150,7 @@ impl Site {
 
     /// Waits until a host's preflights are answered so.
     fn wait(&self, name: &str, age: Option<u32>) {
-        wait_until(&format!("{name} to be answered with {age:?}"), || self.age(name) == age);
+        wait_until(format!("{name} to be answered with {age:?}"), || self.age(name) == age);
     }
 
     fn metric(&self, name: &str) -> f64 {
@@ -157,7 +158,7 @@ impl Site {
     }
 
     fn wait_metric(&self, name: &str, value: f64) {
-        wait_until(&format!("{name} to be {value}"), || (self.metric(name) - value).abs() < 1e-9);
+        wait_until(format!("{name} to be {value}"), || (self.metric(name) - value).abs() < 1e-9);
     }
 }
 

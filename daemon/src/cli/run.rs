@@ -430,13 +430,14 @@ struct Kubernetes {
 impl Kubernetes {
     #[cfg(feature = "kubernetes")]
     fn start(config: &Config) -> io::Result<Self> {
+        use crate::sources::kubernetes::client::Source;
         let source = config
             .kubernetes
             .enabled
-            .then(|| crate::sources::kubernetes::client::Source::start(config))
+            .then(|| Source::start(config))
             .transpose()
             .map_err(|e| doing("start the thread that reads Kubernetes", &e))?;
-        Ok(Self { state: source.as_ref().map(|source| source.state()), revision: 0, _source: source })
+        Ok(Self { state: source.as_ref().map(Source::state), revision: 0, _source: source })
     }
 
     #[cfg(not(feature = "kubernetes"))]

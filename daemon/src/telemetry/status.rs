@@ -19,6 +19,9 @@ use std::{
 };
 use tokio::sync::watch;
 
+/// More findings are counted, and not shown.
+const SHOWN_FINDINGS: usize = 1000;
+
 /// What runs.
 #[derive(Debug)]
 pub struct Status {
@@ -227,9 +230,7 @@ impl Status {
             .iter()
             .map(|result| (result.as_str().to_owned(), json!(running.reloads[*result as usize])))
             .collect();
-        /// More are counted, and not shown.
-        const SHOWN: usize = 1000;
-        let findings = running.findings.iter().take(SHOWN).collect::<Vec<_>>();
+        let findings = running.findings.iter().take(SHOWN_FINDINGS).collect::<Vec<_>>();
         #[cfg(feature = "ebpf")]
         let steer = self.steer().map(|report| report.json());
         #[cfg(not(feature = "ebpf"))]

@@ -227,7 +227,7 @@ fn meta(full: ObjectMeta) -> Meta {
 }
 
 /// An object, or why it cannot be read.
-type Found<K> = Result<Object<K>, (Meta, String)>;
+type Found<K> = Result<Object<K>, Box<(Meta, String)>>;
 
 fn found<K: Kind>(guard: DeserializeGuard<Wire<K>>) -> Found<K> {
     match guard.0 {
@@ -236,7 +236,7 @@ fn found<K: Kind>(guard: DeserializeGuard<Wire<K>>) -> Found<K> {
             spec: spec.unwrap_or_default(),
             status: status.unwrap_or_default(),
         }),
-        Err(invalid) => Err((meta(invalid.metadata), invalid.error)),
+        Err(invalid) => Err(Box::new((meta(invalid.metadata), invalid.error))),
     }
 }
 
@@ -262,7 +262,8 @@ fn put<K: Kind>(world: &mut World, found: Found<K>) -> bool {
             }
             store.insert(key, Arc::new(object));
         }
-        Err((meta, error)) => {
+        Err(unreadable) => {
+            let (meta, error) = *unreadable;
             let key = Key::new(&meta.namespace, &meta.name);
             K::of_mut(world).remove(&key);
             world.unreadable.insert((K::KIND, key), error);
@@ -389,7 +390,7 @@ async fn follow<K: Kind>(
                 Some(Ok(Event::Delete(object))) => {
                     let meta = match found(object) {
                         Ok(object) => object.meta,
-                        Err((meta, _)) => meta,
+                        Err(unreadable) => unreadable.0,
                     };
                     let key = Key::new(&meta.namespace, &meta.name);
                     Told::Change(Box::new(move |world| {
@@ -426,7 +427,7 @@ fn replace<K: Kind>(world: &mut World, all: Vec<Found<K>>, namespace: Option<&st
     for found in all {
         let key = match &found {
             Ok(object) => object.key(),
-            Err((meta, _)) => Key::new(&meta.namespace, &meta.name),
+            Err(unreadable) => Key::new(&unreadable.0.namespace, &unreadable.0.name),
         };
         gone.remove(&key);
         changed |= put(world, found);

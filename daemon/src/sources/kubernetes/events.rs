@@ -16,10 +16,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::{Api, Client, api::PostParams};
-use std::{
-    hash::{BuildHasher as _, Hash as _, Hasher as _},
-    time::Duration,
-};
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tracing::debug;
 
@@ -76,11 +73,11 @@ impl Teller {
 
 /// The same on every node.
 fn name(noted: &Noted) -> String {
-    let mut hasher = ahash::RandomState::with_seeds(0x7072_6566, 0x6c69_6768, 0x7464, 1).build_hasher();
-    (&noted.uid, &noted.field, noted.code, &noted.message).hash(&mut hasher);
+    let said = (&noted.uid, &noted.field, noted.code, &noted.message);
+    let hash = ahash::RandomState::with_seeds(0x7072_6566, 0x6c69_6768, 0x7464, 1).hash_one(said);
     let mut object: String = noted.object.key.name.chars().take(200).collect();
     object.truncate(object.trim_end_matches(['-', '.']).len());
-    format!("{object}.{:016x}", hasher.finish())
+    format!("{object}.{hash:016x}")
 }
 
 fn event(noted: &Noted, name: String, namespace: &str) -> Event {

@@ -34,13 +34,13 @@ pub fn read(text: &str, world: &mut World) -> Result<Read, String> {
     let mut read = Read::default();
     for (number, document) in documents.into_iter().enumerate() {
         if !document.is_null() {
-            take(document, world, &mut read).map_err(|e| format!("its document {} {e}", number + 1))?;
+            take(&document, world, &mut read).map_err(|e| format!("its document {} {e}", number + 1))?;
         }
     }
     Ok(read)
 }
 
-fn take(document: Value, world: &mut World, read: &mut Read) -> Result<(), String> {
+fn take(document: &Value, world: &mut World, read: &mut Read) -> Result<(), String> {
     let text = |name: &str| document.get(name).and_then(Value::as_str);
     let (Some(version), Some(kind)) = (text("apiVersion"), text("kind")) else {
         return Err("is no Kubernetes object: it has no apiVersion, or no kind".to_owned());
@@ -57,14 +57,14 @@ fn take(document: Value, world: &mut World, read: &mut Read) -> Result<(), Strin
                 fields.entry("apiVersion").or_insert_with(|| version.into());
                 fields.entry("kind").or_insert_with(|| kind.trim_end_matches("List").into());
             }
-            take(item, world, read)?;
+            take(&item, world, read)?;
         }
         return Ok(());
     }
     macro_rules! try_kind {
         ($name:ident) => {
             if kind == <$name as Kind>::KIND && group == <$name as Kind>::GROUP {
-                add::<$name>(&document, world)?;
+                add::<$name>(document, world)?;
                 read.objects += 1;
                 return Ok(());
             }

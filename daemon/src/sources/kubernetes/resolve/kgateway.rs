@@ -202,13 +202,11 @@ impl<'w> Attached<'w> {
                 GlooTrafficPolicy::KIND
             };
             let key = Key::new(&route.meta.namespace, &extension.name);
-            match self.by_name.get(&(kind, key)) {
-                Some(number) => of_route.push(*number),
-                None => {
-                    made.missing = Some(format!("{kind} {}", extension.name));
-                    return made;
-                }
-            }
+            let Some(number) = self.by_name.get(&(kind, key)) else {
+                made.missing = Some(format!("{kind} {}", extension.name));
+                return made;
+            };
+            of_route.push(*number);
         }
         let targets = self.routes.get(&route.key()).map_or(&[][..], Vec::as_slice);
         let named = targets.iter().filter(|(_, s)| s.is_some() && *s == rule.name.as_deref());
@@ -231,16 +229,15 @@ impl<'w> Attached<'w> {
 
     /// The first that says something.
     fn level(&self, policies: &[usize]) -> Level {
-        let policies = policies.iter().map(|number| &self.policies[*number]);
+        let mut policies = policies.iter().map(|number| &self.policies[*number]);
         policies
-            .filter_map(|policy| {
+            .find_map(|policy| {
                 Some(match policy.spec.cors.as_ref()? {
                     _ if policy.off => Level::Disabled,
                     PolicyCors::Disabled => Level::Disabled,
                     PolicyCors::Fields(fields) => fields.0.clone().map_or(Level::Unreadable, Level::Cors),
                 })
             })
-            .next()
             .unwrap_or_default()
     }
 }

@@ -21,7 +21,7 @@ use claims::Claims;
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 /// What speaks for whom.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
     /// Names of GatewayClasses; empty: all whose controller is known, or has a dialect.
     pub gateway_classes: Vec<String>,
@@ -61,25 +61,14 @@ pub enum GatewayDialect {
     Ignore,
 }
 
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            gateway_classes: Vec::new(),
-            ingress_classes: Vec::new(),
-            dialects: BTreeMap::new(),
-            assume: None,
-            listeners: Vec::new(),
-        }
-    }
-}
+/// Domains of controllers that program Envoy's CORS filter.
+const ENVOYS: &[&str] = &["kgateway.dev", "solo.io", "envoyproxy.io", "istio.io"];
 
 /// The dialect of a controller that is known.
 pub fn dialect_of_controller(controller: &str) -> GatewayDialect {
-    let is = |suffix: &str| controller == suffix || controller.ends_with(&format!(".{suffix}"));
     let (domain, _) = controller.split_once('/').unwrap_or((controller, ""));
-    // Those that program Envoy's CORS filter.
-    const ENVOYS: &[&str] = &["kgateway.dev", "solo.io", "envoyproxy.io", "istio.io"];
-    if is("kgateway") || ENVOYS.iter().any(|known| domain == *known || domain.ends_with(&format!(".{known}")))
+    if controller == "kgateway"
+        || ENVOYS.iter().any(|known| domain == *known || domain.ends_with(&format!(".{known}")))
     {
         GatewayDialect::Envoy
     } else {

@@ -50,6 +50,9 @@ struct Hung {
     contested: bool,
 }
 
+/// What was made of rules already: by Gateway, listener, route and rule.
+type Judged = AHashMap<(Key, Arc<str>, usize, usize), (Outcome, u64)>;
+
 /// A rule's match that may have a request.
 struct Candidate {
     /// Longer first, of equal ones those for one method, with more headers, with more query parameters, of older routes, of
@@ -320,7 +323,7 @@ impl Run<'_> {
         port: &Port,
         routes: &[&Arc<Object<HttpRoute>>],
         attached: &Attached<'_>,
-        judged: &mut AHashMap<(Key, Arc<str>, usize, usize), (Outcome, u64)>,
+        judged: &mut Judged,
     ) {
         // A listener without routes still has its hosts' requests.
         if port.hostnames.len() > 1 {
@@ -372,7 +375,7 @@ impl Run<'_> {
                         let value = path.and_then(|p| p.value.as_deref()).unwrap_or("/");
                         match path.and_then(|p| p.kind.as_deref()).unwrap_or("PathPrefix") {
                             "Exact" if !always_passes(value) => {
-                                exact.entry(value).or_default().push(candidate)
+                                exact.entry(value).or_default().push(candidate);
                             }
                             "PathPrefix" if !always_passes(value) => {
                                 let prefix = value.strip_suffix('/').unwrap_or(value).to_owned();
@@ -399,11 +402,11 @@ impl Run<'_> {
                 self.claims.add(claim, host, path, methods, found.outcome);
             };
             for path in exact.keys() {
-                let ways = ways(ancestors(path, Some(&exact[path]), &prefixes));
+                let ways = ways(&ancestors(path, Some(&exact[path]), &prefixes));
                 ways.claim(&PathMatch::Exact((*path).to_owned()), &mut claim);
             }
             for prefix in prefixes.keys() {
-                let ways = ways(ancestors(prefix, None, &prefixes));
+                let ways = ways(&ancestors(prefix, None, &prefixes));
                 ways.claim(&element_prefix(prefix), &mut claim);
             }
             for (pattern, candidates) in &patterns {
@@ -583,9 +586,8 @@ impl Run<'_> {
             (Level::Disabled, _) | (Level::None, Level::Disabled) => return Err(PassReason::Disabled),
             (Level::Unreadable, _) | (_, Level::Unreadable) => return Err(PassReason::Unsupported),
             (Level::None, Level::None) => return Err(PassReason::NoCors),
-            (Level::None, Level::Cors(cors)) => (cors, None),
             (Level::Cors(cors), Level::Cors(fallback)) => (cors, Some(fallback)),
-            (Level::Cors(cors), _) => (cors, None),
+            (Level::Cors(cors), _) | (Level::None, Level::Cors(cors)) => (cors, None),
         };
         let cors = match port.dialect {
             GatewayDialect::Envoy => {
@@ -737,10 +739,10 @@ struct Ways {
     others: Option<Found>,
 }
 
-fn ways(list: Vec<&Candidate>) -> Ways {
+fn ways(list: &[&Candidate]) -> Ways {
     let mut methods: BTreeSet<&str> = list.iter().filter_map(|c| c.method.as_deref()).collect();
     // A rule for OPTIONS of its own: what the proxy does with the preflight is that rule's.
-    let options = methods.remove("OPTIONS").then(|| walk(&list, "OPTIONS"));
+    let options = methods.remove("OPTIONS").then(|| walk(list, "OPTIONS"));
     let through_options = |found: Option<Found>| match (options, found) {
         (None, found) => found,
         (Some(Some(options)), Some(found))
@@ -752,9 +754,9 @@ fn ways(list: Vec<&Candidate>) -> Ways {
             found.or(options).map(|found| Found { outcome: Outcome::Pass(PassReason::Unsupported), ..found })
         }
     };
-    let others = through_options(walk(&list, ""));
+    let others = through_options(walk(list, ""));
     let by_method =
-        methods.into_iter().map(|method| (method.to_owned(), through_options(walk(&list, method)))).collect();
+        methods.into_iter().map(|method| (method.to_owned(), through_options(walk(list, method)))).collect();
     Ways { by_method, others }
 }
 

@@ -78,9 +78,8 @@ fn gateway(class: &str, listeners: &[(&str, u16, &str)]) -> String {
     );
     for (name, port, hostname) in listeners {
         let hostname = if hostname.is_empty() { String::new() } else { format!(", hostname: '{hostname}'") };
-        text += &format!(
-            "  - {{name: {name}, port: {port}, protocol: HTTP{hostname}, allowedRoutes: {{namespaces: {{from: All}}}}}}\n"
-        );
+        let rest = format!("protocol: HTTP{hostname}, allowedRoutes: {{namespaces: {{from: All}}}}");
+        text = format!("{text}  - {{name: {name}, port: {port}, {rest}}}\n");
     }
     text
 }
@@ -458,13 +457,14 @@ fn objects_and_namespaces_opt_out() {
 
 /// An Ingress of the class `nginx`; `paths` are `type path`.
 fn ingress(name: &str, created: &str, annotations: &str, host: &str, paths: &[&str], more: &str) -> String {
-    let paths: String = paths
+    let paths = paths
         .iter()
         .map(|path| {
             let (kind, path) = path.split_once(' ').expect("a type and a path");
-            format!("{{path: '{path}', pathType: {kind}, backend: {{service: {{name: a, port: {{number: 80}}}}}}}}, ")
+            format!("{{path: '{path}', pathType: {kind}, backend: {{service: {{name: a, port: {{number: 80}}}}}}}}")
         })
-        .collect();
+        .collect::<Vec<_>>()
+        .join(", ");
     let host = if host.is_empty() { String::new() } else { format!("host: '{host}', ") };
     format!(
         "---\napiVersion: networking.k8s.io/v1\nkind: Ingress\nmetadata: {{name: {name}, namespace: shop, creationTimestamp: '{created}', annotations: {{{annotations}}}}}\nspec: {{ingressClassName: nginx, rules: [{{{host}http: {{paths: [{paths}]}}}}]{more}}}\n"
@@ -743,6 +743,119 @@ fn policies_survive_a_policy_file() {
                     one == two || passed(&one) && passed(&two),
                     "{method} {url} {origin}: {one}\n{two}\n{toml}"
                 );
+            }
+        }
+    }
+}
+
+use proptest::prelude::*;
+
+const HOSTS: &[&str] = &["a.example", "*.example", "b.a.example", "*.a.example"];
+const PATHS: &[&str] = &["/", "/x", "/x/", "/x/y", "/xy"];
+
+prop_compose! {
+    /// A rule in YAML.
+    fn any_rule()(
+        path in 0..PATHS.len(), kind in 0..3usize, method in 0..4usize, header in any::<bool>(), age in 0..4u32,
+    ) -> String {
+        let kind = ["PathPrefix", "Exact", "RegularExpression"][kind];
+        let method = ["", ", method: PUT", ", method: GET", ", method: OPTIONS"][method];
+        let header = if header && age == 1 { ", headers: [{name: v, value: '1'}]" } else { "" };
+        rule(&format!("{{path: {{type: {kind}, value: '{}'}}{method}{header}}}", PATHS[path]), age)
+    }
+}
+
+prop_compose! {
+    /// Objects in YAML.
+    fn any_objects()(
+        routes in prop::collection::vec((0..HOSTS.len(), prop::collection::vec(any_rule(), 1..4)), 1..5),
+        ingresses in prop::collection::vec((0..HOSTS.len(), 0..PATHS.len(), 0..3usize, 0..3u32), 0..4),
+    ) -> String {
+        let routes = routes.iter().enumerate().map(|(i, (host, rules))| {
+            route(&format!("r{i}"), &format!("202{i}-01-01T00:00:00Z"), &[HOSTS[*host]], &rules.concat())
+        });
+        let ingresses = ingresses.iter().enumerate().map(|(i, (host, path, kind, age))| {
+            let kind = ["Prefix", "Exact", "ImplementationSpecific"][*kind];
+            let annotations = if *age == 0 { String::new() } else { cors(*age) };
+            let host = HOSTS[*host].replace("example", "test");
+            ingress(&format!("i{i}"), "", &annotations, &host, &[&format!("{kind} {}", PATHS[*path])], "")
+        });
+        routes.chain(ingresses).collect::<Vec<_>>().concat()
+    }
+}
+
+/// By the rules of the Gateway API, one request at a time: which max-age answers; `None`: the proxy.
+fn model(objects: &World, host: &str, path: &str, method: &str) -> Option<i32> {
+    // The most specific host, by its length.
+    let matches = |pattern: &str| {
+        pattern.strip_prefix('*').map_or(pattern == host, |end| host.ends_with(end) && host.len() > end.len())
+    };
+    let best = objects
+        .http_routes
+        .values()
+        .flat_map(|r| &r.spec.hostnames)
+        .filter(|h| matches(h))
+        .max_by_key(|h| (!h.starts_with('*'), h.len()))?;
+    let mut routes: Vec<_> =
+        objects.http_routes.values().filter(|r| r.spec.hostnames.contains(best)).collect();
+    routes.sort_by_key(|r| r.meta.creation_timestamp.clone());
+    let asks = |asked: &str, with_header: bool| {
+        let mut found: Vec<(usize, usize, bool, bool, usize, Option<i32>)> = Vec::new();
+        for (number, rule) in routes.iter().flat_map(|r| &r.spec.rules).enumerate() {
+            let wanted = &rule.matches[0];
+            let (kind, value) = wanted
+                .path
+                .as_ref()
+                .map(|p| (p.kind.clone().unwrap_or_default(), p.value.clone().unwrap_or_default()))
+                .unwrap_or_default();
+            let prefix = value.trim_end_matches('/');
+            let (rank, length) = match &*kind {
+                "Exact" if path == value => (2, value.len()),
+                "PathPrefix" if path == prefix || path.starts_with(&format!("{prefix}/")) => {
+                    (1, prefix.len())
+                }
+                _ => continue,
+            };
+            if wanted.method.as_deref().is_some_and(|m| m != asked) || wanted.headers > 0 && !with_header {
+                continue;
+            }
+            let age =
+                rule.filters.first().and_then(|f| f.cors.as_ref()).and_then(|c| c.0.as_ref().ok()?.max_age);
+            found.push((rank, length, wanted.method.is_some(), wanted.headers > 0, usize::MAX - number, age));
+        }
+        found.into_iter().max().map(|best| best.5)
+    };
+    let (plain, with) = (asks(method, false), asks(method, true));
+    (plain == with).then_some(plain?)?
+}
+
+proptest! {
+    /// An answer is always that of the rule that the Gateway API names, whatever else is there; and the same from a policy
+    /// file.
+    #[test]
+    fn answers_are_those_of_the_rule_that_has_the_request(text in any_objects()) {
+        let objects = world(&text);
+        let import = Resolver::default().resolve(&objects, &assuming(GatewayDialect::GatewayApi));
+        let made = table(&import);
+        let toml = export::to_toml(&import.policies);
+        let listener = "\n[[listener]]\nname = \"web\"\naddress = \"127.0.0.1:1\"\nupstream = \"127.0.0.1:2\"\n";
+        let (config, findings) = crate::config::load_str("exported.toml", &(toml.clone() + listener));
+        prop_assert!(config.is_some(), "{findings:#?}\n{toml}");
+        let again = table_of(&config.expect("it is there").policies);
+        for host in ["a.example", "b.a.example", "c.a.example", "c.example", "d.c.example", "a.test", "b.test", "c.b.test"] {
+            for path in ["/", "/x", "/x/", "/x/y", "/x/z", "/xy", "/xyz", "/z"] {
+                for method in ["PUT", "GET", "DELETE"] {
+                    let url = format!("{host}{path}");
+                    let answer = age(&made, &url, method);
+                    let number = answer.parse::<i32>().ok();
+                    // Where a pattern stands among rules is each proxy's own.
+                    let pattern = text.contains(&format!("type: RegularExpression, value: '{path}'"));
+                    if host.ends_with("example") && number.is_some() && !pattern {
+                        prop_assert_eq!(number, model(&objects, host, path, method), "{} {}\n{}", method, url, text);
+                    }
+                    let other = age(&again, &url, method);
+                    prop_assert_eq!(number, other.parse::<i32>().ok(), "{} {}: {} {}\n{}\n{}", method, url, answer, other, text, toml);
+                }
             }
         }
     }
