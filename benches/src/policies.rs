@@ -143,8 +143,8 @@ fn spec(source: &Arc<str>, host_number: usize, route: usize, cors: &native::Cors
         listeners: Vec::new(),
         hosts: vec![HostPattern::Exact(host(host_number))],
         paths: vec![PathMatch::Prefix(prefix(route))],
-        enabled: true,
-        stale: false,
+        for_methods: vec![],
+        passes: None,
         on_denied: None,
         rules: Rules::Native(
             rules.unwrap_or_else(|| panic!("the benchmark's policy is refused: {findings:?}")),

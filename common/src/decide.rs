@@ -565,6 +565,10 @@ impl Decide {
 
     #[inline(always)]
     fn allowed(&mut self, head: &Head) {
+        if self.rule.flags & rule_flags::ALLOWED_ASK != 0 {
+            self.ask(ask::Rules);
+            return;
+        }
         self.verdict = verdict::ANSWER;
         self.outcome = outcome::Allowed;
         self.template = self.rule.allowed + u32::from(head.said & said::CLOSE != 0);

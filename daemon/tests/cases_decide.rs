@@ -47,8 +47,8 @@ fn table(routes: Vec<(&str, Rules)>) -> Table {
             listeners: vec![],
             hosts: vec![HostPattern::Any],
             paths: vec![PathMatch::Prefix(prefix.to_owned())],
-            enabled: true,
-            stale: false,
+            for_methods: vec![],
+            passes: None,
             on_denied: None,
             rules,
         })

@@ -40,8 +40,8 @@ fn policy(host: HostPattern, path: PathMatch, rules: Rules) -> PolicySpec {
         listeners: vec![],
         hosts: vec![host],
         paths: vec![path],
-        enabled: true,
-        stale: false,
+        for_methods: vec![],
+        passes: None,
         on_denied: None,
         rules,
     }

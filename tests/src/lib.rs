@@ -9,6 +9,7 @@
 pub mod browser;
 pub mod client;
 pub mod daemon;
+pub mod express;
 pub mod link;
 pub mod load;
 pub mod netns;
@@ -21,5 +22,6 @@ pub mod wire;
 
 pub use client::{Client, Response};
 pub use daemon::{Config, Daemon, Engine};
+pub use express::Express;
 pub use nginx::Nginx;
 pub use upstream::{Behaviour, Upstream};

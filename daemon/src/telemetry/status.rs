@@ -11,7 +11,7 @@ use serde_json::json;
 use std::{
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Instant, SystemTime, UNIX_EPOCH},
@@ -37,6 +37,7 @@ pub struct Status {
     ready: AtomicBool,
     draining: AtomicBool,
     running: Mutex<Running>,
+    ask: OnceLock<Arc<crate::ask::Shared>>,
     #[cfg(feature = "ebpf")]
     steer: Mutex<Option<crate::steer::Report>>,
 }
@@ -120,6 +121,7 @@ impl Status {
             ready: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             running: Mutex::new(running),
+            ask: OnceLock::new(),
             #[cfg(feature = "ebpf")]
             steer: Mutex::new(None),
         }
@@ -128,6 +130,22 @@ impl Status {
     /// What a reload replaces.
     pub fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread that asks the proxy runs.
+    pub(crate) fn set_ask(&self, ask: Arc<crate::ask::Shared>) {
+        // There is one for each status.
+        let _ = self.ask.set(ask);
+    }
+
+    /// What was learned and compared; `None`: the proxy is not asked.
+    pub(crate) fn ask(&self) -> Option<&crate::ask::Shared> {
+        self.ask.get().map(Arc::as_ref)
+    }
+
+    /// The name of a listener.
+    pub(crate) fn listener_name(&self, listener: ListenerId) -> String {
+        self.config.listeners.get(usize::from(listener.0)).map(|l| l.name.clone()).unwrap_or_default()
     }
 
     /// What steering does at present.

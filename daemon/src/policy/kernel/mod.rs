@@ -2,10 +2,10 @@
 //! in pieces. Everything else is marked as a worker's to decide.
 
 use super::answer::{Connection, Pieces, Template};
-use super::core::{Core, Methods};
+use super::core::{Core, Methods, usual_bit};
 use super::host::Own;
 use super::origin::Origins;
-use super::routes::{CONFLICT, HostEntry, Hosts, Target};
+use super::routes::{CONFLICT, HostEntry, HostHit, Hosts, Target};
 use super::table::Table;
 use super::{ListenerId, OnDenied};
 use ahash::AHashMap;
@@ -19,7 +19,10 @@ use preflightd_common::{
     preflight::Scan,
     words::{Buffer, LOOKED_AT},
 };
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 /// What goes into the maps `TERMS` and `TEMPLATES`, generations apart.
 #[derive(Clone, Debug, Default)]
@@ -108,7 +111,7 @@ fn asked_words(why: u32) -> &'static str {
         ask::UnknownHost => "its host is not in the kernel's table",
         ask::LongPath => "its host has longer paths than the kernel compares",
         ask::Regex => "its host has regular expressions",
-        ask::Rules => "its policy echoes what was asked for, or depends on the method",
+        ask::Rules => "its policy echoes what was asked for, or depends on the method, or its answer was learned",
         ask::Origin => "its origin is too long, or matches by a rule that the kernel does not know",
         ask::Method => "its method is an unusual one",
         ask::Names => "its requested headers are not as browsers write them",
@@ -201,6 +204,7 @@ impl Table {
                     build.add(term::LISTENER, u32::from(id.0), b"", value);
                 }
                 build.listener(id, own, hosts);
+                build.learned(id, own, hosts);
             }
             if build.made.terms.len() > MAX_TERMS as usize / 2
                 || build.made.templates.len() > MAX_TEMPLATES as usize / 2
@@ -222,6 +226,18 @@ struct Sets<'t> {
     origins: AHashMap<&'t Origins, (u32, u32)>,
     names: AHashMap<*const u8, u32>,
     templates: AHashMap<Pieces, u32>,
+    /// Sets of origins of learned answers, numbered from [`LEARNED`] on.
+    learned: u32,
+}
+
+/// Beyond the sets of policies.
+const LEARNED: u32 = 1 << 31;
+
+/// What was learned of a path.
+#[derive(Default)]
+struct LearnedPath<'t> {
+    methods: u32,
+    origins: BTreeSet<&'t [u8]>,
 }
 
 struct Build<'t> {
@@ -313,6 +329,53 @@ impl<'t> Build<'t> {
             self.made.summary.paths += usize::from(self.add(kind, routes.host, path, rule.value()));
         });
         self.made.summary.hosts += usize::from(self.add(kind, of, text, routes.value()));
+    }
+
+    /// Marks the paths of which an answer was learned as a worker's, for the origins and methods that it was learned for:
+    /// everything else of these paths is surely the proxy's. A worker compares the query and the requested headers, too.
+    fn learned(&mut self, id: ListenerId, own: &Own, hosts: &Hosts) {
+        let Some(learned) = self.table.learned() else { return };
+        let mut paths: BTreeMap<(&str, &str), LearnedPath<'_>> = BTreeMap::new();
+        for question in learned.questions().filter(|question| question.listener == id) {
+            let path = paths.entry((question.host_name(), question.path())).or_default();
+            path.methods |= u32::from(usual_bit(question.method.as_bytes()));
+            path.origins.insert(question.origin.as_bytes());
+        }
+        let of = u32::from(id.0);
+        for ((name, path), LearnedPath { methods, origins }) in paths {
+            let mut buffer = None;
+            let Some(host) = own.parse(name.as_bytes(), &mut buffer) else { continue };
+            let mut routes = match hosts.find(&host, false) {
+                None => Routes { host: self.sets.entries, ..Routes::default() },
+                // Where policies share a path by method, or a pattern has the host, too much would be the proxy's.
+                Some((entry, HostHit::Exact)) if !hosts.is_by_method(entry) => Routes::default(),
+                Some(_) => continue,
+            };
+            let Some(key) = key(term::HOST, of, host.name) else { continue };
+            match self.made.terms.get(&key) {
+                Some(known) => routes = Routes::of(known),
+                None => self.sets.entries += 1,
+            }
+            if routes.flags & routes_flags::REGEX != 0 || path.len() >= MAX_TEXT as usize {
+                continue;
+            }
+            let label = learned.label(id, host.name, host.literal.is_some()).unwrap_or_default();
+            let set = LEARNED + self.sets.learned;
+            self.sets.learned += 1;
+            for origin in origins {
+                self.made.summary.origins += usize::from(self.add(term::ORIGIN, set, origin, [0; 8]));
+            }
+            let flags = rule_flags::DECIDES
+                | rule_flags::DENIED_PASS
+                | rule_flags::ALL_NAMES
+                | rule_flags::ALLOWED_ASK;
+            let rule = Rule { flags, methods, origins: set, label: label.0, ..Rule::default() };
+            routes.exact |= 1 << path.len();
+            self.made.terms.insert(key, routes.value());
+            if let Some(key) = self::key(term::PATH, routes.host, path.as_bytes()) {
+                self.made.terms.insert(key, rule.value());
+            }
+        }
     }
 
     /// Says of the policies that share a path by method that they are not wholly the kernel's.
