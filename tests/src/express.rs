@@ -1,9 +1,13 @@
 //! A real Express application with the `cors` package, in a process of its own.
 #![forbid(unsafe_code)]
 
-use crate::site::{end, free_address, have, program, wait_until};
+use crate::{
+    client::Response,
+    site::{PATIENCE, end, free_address, have, program, wait_until},
+};
 use std::{
     fs,
+    io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -53,6 +57,30 @@ pub fn can_run() -> bool {
 /// Where `cargo xtask setup` puts them.
 fn packages() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/express/node_modules")
+}
+
+/// One request without content in its answer, on a connection of its own. `cors` sends a 204 with `Content-Length: 0`,
+/// which RFC 9110 §8.6 forbids and every browser bears: here it is left out.
+///
+/// # Panics
+/// The answer is none.
+pub fn exchange(address: SocketAddr, request: impl AsRef<[u8]>) -> Response {
+    let mut stream = TcpStream::connect(address).expect("connecting");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    stream.write_all(request.as_ref()).expect("sending");
+    let mut bytes = Vec::new();
+    let mut chunk = [0; 4096];
+    while !bytes.ends_with(b"\r\n\r\n") {
+        let n = stream.read(&mut chunk).expect("reading");
+        assert!(n > 0, "the connection ended after {}", bytes.escape_ascii());
+        bytes.extend_from_slice(&chunk[..n]);
+    }
+    let mut text = String::from_utf8(bytes).expect("UTF-8");
+    if text.starts_with("HTTP/1.1 204 ") {
+        text = text.replace("Content-Length: 0\r\n", "");
+    }
+    let (response, _) = Response::parse(text.as_bytes(), true).expect("a response").expect("all of it");
+    response
 }
 
 impl Express {

@@ -41,7 +41,7 @@ fn socket(daemon: &Daemon) -> String {
 }
 
 fn ask(daemon: &Daemon, target: &str, origin: &str, method: &str, headers: Option<&str>) -> Response {
-    daemon.connect().exchange(preflight(HOST, target, origin, method, headers))
+    express::exchange(daemon.address(), preflight(HOST, target, origin, method, headers))
 }
 
 fn known(daemon: &Daemon) -> u64 {
@@ -104,8 +104,8 @@ fn express_is_answered_as_express_answers() {
             let daemon = learning(app.address(), engine, "", "");
             for (origin, method, headers) in cases {
                 let ours = learn(&daemon, "/v1/cart?q=1", origin, method, *headers);
-                let mut direct = preflightd_tests::Client::connect(app.address());
-                let theirs = direct.exchange(preflight(HOST, "/v1/cart?q=1", origin, method, *headers));
+                let request = preflight(HOST, "/v1/cart?q=1", origin, method, *headers);
+                let theirs = express::exchange(app.address(), request);
                 assert_eq!(essence(&ours), essence(&theirs), "{name}, {engine:?}");
                 assert_eq!(ours.status, theirs.status, "{name}, {engine:?}");
                 assert!(!essence(&ours).is_empty() && ours.header("x-powered-by").is_none(), "{name}: {ours:?}");
