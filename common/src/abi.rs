@@ -365,6 +365,9 @@ pub mod term {
     pub const HTTP_BELOW: u16 = 10;
     /// The name of a request header in a set. Value: its position in ascending order.
     pub const NAME: u16 = 11;
+    /// A question to the paths of a host that an answer was learned for: no text, but in its first word a hash, as
+    /// [`crate::decide::question`] has it. A worker compares the question itself.
+    pub const LEARNED: u16 = 12;
 }
 
 /// Value of a [`Term`], as one of the types below or as the kind says.
@@ -469,8 +472,8 @@ pub mod rule_flags {
     pub const DENIED_ASK: u32 = 256;
     /// Everything goes to the proxy: the policy is switched off, stale, not wholly understood, or in conflict with another.
     pub const PASSES: u32 = 512;
-    /// What is allowed is a worker's to answer.
-    pub const ALLOWED_ASK: u32 = 1024;
+    /// Answers of the proxy were learned: what has a [`super::term::LEARNED`] is a worker's, all else the proxy's.
+    pub const LEARNED: u32 = 1024;
 }
 
 /// Key of `TEMPLATES`.

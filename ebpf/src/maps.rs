@@ -14,8 +14,8 @@ use preflightd_common::{
     abi::{
         Answered, BUDGET_SHIFT, Config, DEFAULT_ANSWERED, DEFAULT_PENDING, Date, Endpoint, Flow,
         HEARTBEAT_STALE, Host, Interface, MAX_DATES, MAX_HOSTS, MAX_MARKS, MAX_PORTS, MAX_ROUTES, MAX_SERVED,
-        MAX_SOCKETS, MAX_TEMPLATES, MAX_TERMS, Pending, Pieces, SAMPLES_BYTES, Service, Template, Term, Value, ask, event,
-        fail_open, kind, outcome, state, swept,
+        MAX_SOCKETS, MAX_TEMPLATES, MAX_TERMS, Pending, Pieces, SAMPLES_BYTES, Service, Template, Term,
+        Value, ask, event, fail_open, kind, outcome, state, swept,
     },
     cookie::Key,
     decide::Decide,

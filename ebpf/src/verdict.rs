@@ -195,7 +195,8 @@ fn show(skb: *mut __sk_buff, packet: &Packet) {
     let (Some(config), Some(service)) = (maps::config(), maps::service(&packet.flow)) else { return };
     let length = packet.data & 2047;
     // A longer one is no plain preflight.
-    if config.samples == 0 || length == 0 || length != packet.data || !maps::take_sample(config, maps::now()) {
+    if config.samples == 0 || length == 0 || length != packet.data || !maps::take_sample(config, maps::now())
+    {
         return;
     }
     let Some(mut place) = maps::SAMPLES.reserve::<Sample>(0) else { return };

@@ -96,7 +96,11 @@ fn express_is_answered_as_express_answers() {
             r#"{"origin": true, "maxAge": 60, "exposedHeaders": ["x-b"]}"#,
             &[("https://any.example", "DELETE", Some("content-type,x-anything"))],
         ),
-        ("everything, status 200", r#"{"maxAge": 60, "optionsSuccessStatus": 200}"#, &[(ORIGIN, "PATCH", None)]),
+        (
+            "everything, status 200",
+            r#"{"maxAge": 60, "optionsSuccessStatus": 200}"#,
+            &[(ORIGIN, "PATCH", None)],
+        ),
         ("without a time", "{}", &[(ORIGIN, "PUT", Some("x-a"))]),
     ] {
         for engine in Engine::BOTH {
@@ -108,7 +112,10 @@ fn express_is_answered_as_express_answers() {
                 let theirs = express::exchange(app.address(), request);
                 assert_eq!(essence(&ours), essence(&theirs), "{name}, {engine:?}");
                 assert_eq!(ours.status, theirs.status, "{name}, {engine:?}");
-                assert!(!essence(&ours).is_empty() && ours.header("x-powered-by").is_none(), "{name}: {ours:?}");
+                assert!(
+                    !essence(&ours).is_empty() && ours.header("x-powered-by").is_none(),
+                    "{name}: {ours:?}"
+                );
                 let vary = ours.header("vary").expect("Vary").to_ascii_lowercase();
                 for varies in theirs.header("vary").unwrap_or_default().split(',') {
                     assert!(vary.contains(&varies.trim().to_ascii_lowercase()), "{name}: {vary}, {varies}");
@@ -138,14 +145,15 @@ fn ours_status(name: &str) -> u16 {
 
 #[test]
 fn a_changed_policy_is_followed_within_its_time() {
+    const TTL: Duration = Duration::from_secs(4);
     if !express::can_run() {
         return;
     }
-    const TTL: Duration = Duration::from_secs(4);
     let options = |methods: &str| format!(r#"{{"origin": true, "methods": "{methods}", "maxAge": 4}}"#);
     let app = Express::start(&options("PUT"));
     let daemon = learning(app.address(), Engine::Auto, "", "");
-    let methods = |response: &Response| response.header("access-control-allow-methods").map(ToOwned::to_owned);
+    let methods =
+        |response: &Response| response.header("access-control-allow-methods").map(ToOwned::to_owned);
     assert_eq!(methods(&learn(&daemon, "/", ORIGIN, "PUT", None)).as_deref(), Some("PUT"));
     for (before, after) in [("PUT", "PUT,DELETE"), ("PUT,DELETE", "PATCH")] {
         app.set(&options(after));
@@ -247,7 +255,10 @@ fn nothing_is_learned_where_a_policy_answers_or_of_others() {
         "",
         &POLICY.replace("hosts = [\"*\"]", "hosts = [\"*.test\"]\npaths = [{ prefix = \"/declared\" }]"),
     );
-    assert_eq!(ask(&daemon, "/declared/x", ORIGIN, "PUT", None).header("access-control-max-age"), Some("600"));
+    assert_eq!(
+        ask(&daemon, "/declared/x", ORIGIN, "PUT", None).header("access-control-max-age"),
+        Some("600")
+    );
     assert_eq!(ask(&daemon, "/declared/x", "https://evil.example", "PUT", None).status, 403);
     assert_eq!(upstream.count(), 0);
     // Beside it the application is asked.
@@ -355,11 +366,17 @@ fn a_steered_proxy_is_asked_and_answered_for() {
                 ("another origin", "https://b.example", "PUT", "/app/x?y"),
                 ("another method", ORIGIN, "DELETE", "/app/x?y"),
                 ("another path", ORIGIN, "PUT", "/app/z"),
+                ("another query", ORIGIN, "PUT", "/app/x?z"),
             ] {
                 let response = lab.exchange(site, preflight(HOST, target, origin, method, Some("x-a")));
                 assert_eq!(response.header("x-from"), Some("nginx"), "{site}, {name}: {response:?}");
             }
             lab.get(site, "/y");
         }
+        assert_eq!(
+            lab.metrics().count("preflightd_steer_turned_back_total", &[]),
+            0,
+            "nobody has to come again"
+        );
     }
 }

@@ -23,7 +23,9 @@ fn upstream() -> Upstream {
             "/none" => String::new(),
             "/age" => [ORIGIN_LINE, METHODS, HEADERS, "Access-Control-Max-Age: 60\r\n"].concat(),
             "/less" => [ORIGIN_LINE, METHODS, AGE].concat(),
-            "/methods" => [ORIGIN_LINE, "Access-Control-Allow-Methods: PATCH, PUT\r\n", HEADERS, AGE].concat(),
+            "/methods" => {
+                [ORIGIN_LINE, "Access-Control-Allow-Methods: PATCH, PUT\r\n", HEADERS, AGE].concat()
+            }
             _ => [ORIGIN_LINE, METHODS, HEADERS, AGE].concat(),
         };
         format!("HTTP/1.1 204 No Content\r\nX-Upstream: yes\r\n{lines}\r\n").into_bytes()
@@ -51,15 +53,22 @@ fn every_difference_is_counted_and_nothing_is_answered() {
         .engine(engine);
         config.admin = format!("socket = \"{path}\"");
         let daemon = Daemon::start(config);
-        let count = |result: &str| {
-            daemon.metrics().count("preflightd_shadow_compared_total", &[("result", result)])
-        };
+        let count =
+            |result: &str| daemon.metrics().count("preflightd_shadow_compared_total", &[("result", result)]);
         let mut sent = 0;
         for (name, host, target, origin, method, headers, result) in [
             ("the same", "api.test", "/", ORIGIN, "PUT", Some("x-demo"), "agree"),
             ("time", "api.test", "/age", ORIGIN, "PUT", Some("x-demo"), "max_age"),
             ("headers", "api.test", "/less", ORIGIN, "PUT", None, "headers"),
-            ("headers that are asked for", "api.test", "/less", ORIGIN, "PUT", Some("x-demo"), "we_allow_proxy_denies"),
+            (
+                "headers that are asked for",
+                "api.test",
+                "/less",
+                ORIGIN,
+                "PUT",
+                Some("x-demo"),
+                "we_allow_proxy_denies",
+            ),
             ("methods", "api.test", "/methods", ORIGIN, "PUT", None, "methods"),
             ("no CORS", "api.test", "/none", ORIGIN, "PUT", None, "proxy_no_cors"),
             ("we deny the method", "api.test", "/methods", ORIGIN, "PATCH", None, "proxy_allows_we_deny"),
@@ -71,12 +80,18 @@ fn every_difference_is_counted_and_nothing_is_answered() {
             sent += 1;
             wait_until(format_args!("{name} to be compared"), || count(result) == before + 1);
         }
-        let both_deny = daemon.connect().exchange(preflight("api.test", "/", "https://evil.example", "PUT", None));
+        let both_deny =
+            daemon.connect().exchange(preflight("api.test", "/", "https://evil.example", "PUT", None));
         assert_eq!(both_deny.header("x-upstream"), Some("yes"));
         wait_until("a denial to be compared", || count("agree") == 2);
-        assert_eq!(daemon.metrics().sum("preflightd_shadow_compared_total", &[]).to_bits(), f64::from(sent + 1).to_bits());
         assert_eq!(
-            daemon.metrics().count("preflightd_requests_total", &[("reason", "shadow"), ("outcome", "passed")]),
+            daemon.metrics().sum("preflightd_shadow_compared_total", &[]).to_bits(),
+            f64::from(sent + 1).to_bits()
+        );
+        assert_eq!(
+            daemon
+                .metrics()
+                .count("preflightd_requests_total", &[("reason", "shadow"), ("outcome", "passed")]),
             8,
             "all but one would have been answered"
         );
@@ -118,5 +133,9 @@ fn a_steered_proxy_is_compared_and_untouched() {
     }
     let total = || lab.metrics().sum("preflightd_shadow_compared_total", &[]);
     wait_until("the preflights to be compared", || total() >= 10.0);
-    assert_eq!((lab.flows("worker"), lab.flows("proxy"), lab.flows("kernel")), (0, 0, 0), "nothing is deferred");
+    assert_eq!(
+        (lab.flows("worker"), lab.flows("proxy"), lab.flows("kernel")),
+        (0, 0, 0),
+        "nothing is deferred"
+    );
 }

@@ -410,7 +410,15 @@ fn express() -> Result<()> {
     println!("setup: missing {packages}");
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let mut install = Command::new("npm");
-    install.args(["install", "--silent", "--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--prefix"]);
+    install.args([
+        "install",
+        "--silent",
+        "--no-audit",
+        "--no-fund",
+        "--no-save",
+        "--ignore-scripts",
+        "--prefix",
+    ]);
     sh::run(install.arg(&directory).args(EXPRESS))?;
     write_if_changed(&made_for, &packages)
 }

@@ -187,10 +187,12 @@ fn content(reply: &Reply, rest: &[u8]) -> Content {
     let chunked = reply.values("transfer-encoding").next().is_some();
     let mut lengths = reply.values("content-length");
     match (chunked, lengths.next(), lengths.next()) {
-        _ if reply.status == 204 || reply.status == 304 => match (chunked, reply.values("content-length").next()) {
-            (false, None | Some("0")) if rest.is_empty() => Content::None,
-            _ => Content::Some,
-        },
+        _ if reply.status == 204 || reply.status == 304 => {
+            match (chunked, reply.values("content-length").next()) {
+                (false, None | Some("0")) if rest.is_empty() => Content::None,
+                _ => Content::Some,
+            }
+        }
         (true, None, None) if rest == EMPTY => Content::None,
         (true, None, None) if EMPTY.starts_with(rest) => Content::NotYet,
         (false, Some("0"), None) if rest.is_empty() => Content::None,

@@ -112,7 +112,9 @@ impl Answer {
         if bytes > MAX_LINES || !lines.iter().all(|(_, value)| plain(value)) {
             return Err(Refusal::Odd);
         }
-        for single in ["access-control-allow-origin", "access-control-allow-credentials", "access-control-max-age"] {
+        for single in
+            ["access-control-allow-origin", "access-control-allow-credentials", "access-control-max-age"]
+        {
             if reply.values(single).count() > 1 {
                 return Err(Refusal::Repeated);
             }
@@ -231,8 +233,15 @@ impl Store {
     }
 
     /// The proxy was asked at `asked`. True: it is to be asked once more, after [`AGAIN`].
-    pub(super) fn told(&mut self, ask: &Ask, answer: Result<Answer, Refusal>, asked: Instant, now: Instant) -> bool {
-        let Some(entry) = self.questions.get_mut(&ask.question).filter(|entry| entry.number == ask.number) else {
+    pub(super) fn told(
+        &mut self,
+        ask: &Ask,
+        answer: Result<Answer, Refusal>,
+        asked: Instant,
+        now: Instant,
+    ) -> bool {
+        let Some(entry) = self.questions.get_mut(&ask.question).filter(|entry| entry.number == ask.number)
+        else {
             // Forgotten meanwhile.
             return false;
         };
@@ -246,11 +255,9 @@ impl Store {
                 entry.until = asked + first.lifetime.saturating_sub(AHEAD);
                 Ok(Learned::new(Arc::clone(&ask.question), first.no_content, &first.lines))
             }
+            (Err(refusal), first) if first.is_none() || refusal == Refusal::Unreachable => Err(refusal),
             // Also where it could have been learned once, and not the second time.
-            (Ok(_), Some(_)) => Err(Refusal::Conflict),
-            (Err(Refusal::Unreachable), _) => Err(Refusal::Unreachable),
-            (Err(_), Some(_)) => Err(Refusal::Conflict),
-            (Err(refusal), None) => Err(refusal),
+            _ => Err(Refusal::Conflict),
         };
         match verdict {
             // Too late: as if it had not been asked.
@@ -343,13 +350,18 @@ impl Store {
     }
 
     /// All questions, or all of a host, for people and scripts.
-    pub(crate) fn json(&self, host: Option<&str>, listener: impl Fn(&Question) -> String) -> serde_json::Value {
+    pub(crate) fn json(
+        &self,
+        host: Option<&str>,
+        listener: impl Fn(&Question) -> String,
+    ) -> serde_json::Value {
         let now = Instant::now();
         let mut all: Vec<_> = self
             .questions
             .iter()
             .filter(|(question, entry)| {
-                entry.until > now && host.is_none_or(|host| question.host_name() == host || *question.host == *host)
+                entry.until > now
+                    && host.is_none_or(|host| question.host_name() == host || *question.host == *host)
             })
             .collect();
         all.sort_by(|(a, _), (b, _)| {
@@ -436,7 +448,11 @@ mod tests {
             ("cookie", reply(204, &[ORIGIN, ("set-cookie", "a=b")]), Refusal::SetCookie),
             ("varies by cookie", reply(204, &[ORIGIN, ("Vary", "Origin, Cookie")]), Refusal::Vary),
             ("varies by all", reply(204, &[ORIGIN, ("Vary", "*")]), Refusal::Vary),
-            ("varies by language", reply(204, &[ORIGIN, ("Vary", "Origin"), ("Vary", "accept-language")]), Refusal::Vary),
+            (
+                "varies by language",
+                reply(204, &[ORIGIN, ("Vary", "Origin"), ("Vary", "accept-language")]),
+                Refusal::Vary,
+            ),
             ("no CORS", reply(204, &[("Allow", "GET")]), Refusal::NoOrigin),
             ("no origin", reply(204, &[("Access-Control-Allow-Methods", "PUT")]), Refusal::NoOrigin),
             ("two origins", reply(204, &[ORIGIN, ORIGIN]), Refusal::Repeated),
@@ -471,7 +487,7 @@ mod tests {
         assert_eq!(store.take_changed().expect("learned").questions().count(), 1);
         assert!(store.take_changed().is_none());
         let end = store.expire(start).expect("a deadline");
-        assert_eq!(end, start + Duration::from_secs(60) - AHEAD, "from when it was first asked");
+        assert_eq!(end, start + Duration::from_mins(1).saturating_sub(AHEAD), "from when it was first asked");
         assert!(store.wanted(question("/"), start + Duration::from_secs(9), later).is_none());
         assert_eq!(store.expire(end), None);
         assert_eq!(store.take_changed().expect("gone").questions().count(), 0);
@@ -492,7 +508,7 @@ mod tests {
             assert!(store.take_changed().is_none(), "{name}");
             let refusals: Vec<_> = store.refusals().filter(|(_, count)| *count > 0).collect();
             assert_eq!(refusals, [("conflict", 1)], "{name}");
-            let almost = now + CONFLICTING - Duration::from_secs(1);
+            let almost = now + CONFLICTING.saturating_sub(UNSAID);
             assert!(store.wanted(question("/"), almost, almost + UNSAID).is_none(), "{name}");
             let end = now + CONFLICTING;
             assert!(store.wanted(question("/"), end, end + UNSAID).is_some(), "{name}");

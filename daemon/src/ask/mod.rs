@@ -22,7 +22,7 @@ use crate::{
 };
 use exchange::{Reply, Way};
 use learned::{AGAIN, Answer, Ask, Refusal};
-use sampler::{MAX_SAMPLE, Sample};
+use sampler::{Lots, MAX_SAMPLE, Sample};
 use std::{
     collections::{HashMap, VecDeque},
     fmt, io,
@@ -90,6 +90,8 @@ pub struct Shared {
     pub(crate) counters: Arc<Counters>,
     wake: Arc<Notify>,
     end: AtomicBool,
+    /// What was purged must leave the table now.
+    urgent: AtomicBool,
     answers: watch::Sender<Option<Arc<Answers>>>,
 }
 
@@ -108,6 +110,7 @@ impl Shared {
     /// learned.
     pub(crate) fn purge(&self, host: Option<&str>) -> Option<usize> {
         let purged = self.store()?.purge(host);
+        self.urgent.store(true, Ordering::Release);
         self.wake.notify_one();
         Some(purged)
     }
@@ -146,7 +149,8 @@ pub fn prepare(config: &Config, workers: usize) -> Option<(Prepared, Vec<Sampler
     let (mut samplers, mut rings) = (Vec::new(), Vec::new());
     for worker in 0..workers as u64 {
         let seed = (seed ^ worker).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let (sampler, ring) = Sampler::new(wake.clone(), counters.clone(), share, seed);
+        let lots = share.map(|share| Lots::new(share, seed));
+        let (sampler, ring) = Sampler::new(wake.clone(), counters.clone(), lots);
         samplers.push(sampler);
         rings.push(ring);
     }
@@ -191,7 +195,8 @@ impl Prepared {
     ) -> io::Result<Asker> {
         let Self { rings, counters, wake } = self;
         let config = &status.config;
-        let store = |empty: &Arc<Answers>| Store::new(Arc::clone(empty.learnable()), config.learn.max_entries);
+        let store =
+            |empty: &Arc<Answers>| Store::new(Arc::clone(empty.learnable()), config.learn.max_entries);
         let store = learned.map(|empty| Mutex::new(store(empty)));
         let shadow = config.shadow.enabled.then(|| Mutex::new(Shadow::new(config.shadow.samples_kept)));
         let shared = Arc::new(Shared {
@@ -200,6 +205,7 @@ impl Prepared {
             counters,
             wake,
             end: AtomicBool::new(false),
+            urgent: AtomicBool::new(false),
             answers: watch::Sender::new(learned.cloned()),
         });
         let ways = ways(config, &kernel);
@@ -216,6 +222,7 @@ impl Prepared {
             tasks: JoinSet::new(),
             published: Instant::now(),
             logged: None,
+            lots: config.shadow.enabled.then(|| Lots::new(config.shadow.sample, 0x5851_f42d_4c95_7f2d)),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let thread = thread::Builder::new().name("ask".to_owned()).spawn(move || {
@@ -231,8 +238,11 @@ impl Prepared {
 
 /// How the proxy of each listener is reached.
 fn ways(config: &Config, kernel: &Kernel) -> HashMap<u16, Arc<Way>> {
-    let mut ways: HashMap<_, _> =
-        config.upstreams().iter().map(|upstream| (upstream.listener.0, Arc::new(Way::upstream(upstream)))).collect();
+    let mut ways: HashMap<_, _> = config
+        .upstreams()
+        .iter()
+        .map(|upstream| (upstream.listener.0, Arc::new(Way::upstream(upstream))))
+        .collect();
     #[cfg(feature = "ebpf")]
     if let Some((netns, _)) = &kernel.inside {
         for (i, listener) in config.listeners.iter().enumerate().filter(|(_, listener)| listener.steer) {
@@ -280,6 +290,8 @@ struct Room {
     tasks: JoinSet<Done>,
     published: Instant,
     logged: Option<Instant>,
+    /// Which of the kernel's samples are compared; workers draw for themselves.
+    lots: Option<Lots>,
 }
 
 impl Room {
@@ -313,7 +325,11 @@ impl Room {
             }
         }
         self.rings = rings;
-        kernel.each(|listener, bytes| self.sampled(listener, bytes));
+        kernel.each(|listener, bytes| {
+            if self.lots.as_mut().is_none_or(Lots::draw) {
+                self.sampled(listener, bytes);
+            }
+        });
     }
 
     /// A preflight was shown: `bytes` begin with its head, if it is one.
@@ -389,7 +405,7 @@ impl Room {
         if let Some(mut store) = self.shared.store() {
             next = next.min(store.expire(now).unwrap_or(next));
             let due = self.published + PUBLISH;
-            if store.is_changed() && due > now {
+            if store.is_changed() && due > now && !self.shared.urgent.swap(false, Ordering::AcqRel) {
                 next = next.min(due);
             } else if let Some(answers) = store.take_changed() {
                 self.published = now;
@@ -538,7 +554,8 @@ mod tests {
     fn a_bucket_gives_so_many_a_second() {
         let start = Instant::now();
         let mut bucket = Bucket::new(4, start);
-        let mut taken = |ms| (0..100).filter(|_| bucket.take(start + Duration::from_millis(ms)).is_ok()).count();
+        let mut taken =
+            |ms| (0..100).filter(|_| bucket.take(start + Duration::from_millis(ms)).is_ok()).count();
         assert_eq!([taken(0), taken(100), taken(250), taken(10_000)], [4, 0, 1, 4]);
         let mut empty = Bucket::new(2, start);
         while empty.take(start).is_ok() {}

@@ -36,9 +36,38 @@ pub struct Sampler {
     ring: rtrb::Producer<Sample>,
     wake: Arc<Notify>,
     counters: Arc<Counters>,
-    /// In shadow mode: of 2^64 preflights so many are compared.
-    shadow: Option<u64>,
+    /// In shadow mode: which preflights are compared.
+    shadow: Option<Lots>,
+}
+
+/// Draws a share of all.
+#[derive(Debug)]
+pub(super) struct Lots {
+    /// Of 2^64 so many.
+    share: u64,
     random: u64,
+}
+
+impl Lots {
+    /// `share`: 0 to 1.
+    pub(super) fn new(share: f64, seed: u64) -> Self {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a share of 0 to 1, and casts saturate"
+        )]
+        let share = (share * u64::MAX as f64) as u64;
+        Self { share, random: seed | 1 }
+    }
+
+    /// Xorshift (Marsaglia, 2003): good enough to draw lots.
+    pub(super) fn draw(&mut self) -> bool {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random <= self.share
+    }
 }
 
 impl fmt::Debug for Sampler {
@@ -51,18 +80,10 @@ impl Sampler {
     pub(super) fn new(
         wake: Arc<Notify>,
         counters: Arc<Counters>,
-        shadow: Option<f64>,
-        seed: u64,
+        shadow: Option<Lots>,
     ) -> (Self, rtrb::Consumer<Sample>) {
         let (ring, intake) = rtrb::RingBuffer::new(RING);
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            clippy::cast_precision_loss,
-            reason = "a share of 0 to 1, and casts saturate"
-        )]
-        let shadow = shadow.map(|share| (share * u64::MAX as f64) as u64);
-        (Self { ring, wake, counters, shadow, random: seed | 1 }, intake)
+        (Self { ring, wake, counters, shadow }, intake)
     }
 
     /// Nothing is answered, only compared.
@@ -73,8 +94,8 @@ impl Sampler {
     /// A preflight was decided; `head`: its bytes.
     #[inline]
     pub fn see(&mut self, listener: ListenerId, head: &[u8], decision: &Decision<'_>) {
-        let wanted = match self.shadow {
-            Some(share) => self.draw() <= share,
+        let wanted = match &mut self.shadow {
+            Some(lots) => lots.draw(),
             None => matches!(decision, Decision::Pass(PassReason::NotLearned, _)),
         };
         if wanted {
@@ -96,14 +117,6 @@ impl Sampler {
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
-
-    /// Xorshift (Marsaglia, 2003): good enough to draw lots.
-    fn draw(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random
-    }
 }
 
 #[cfg(test)]
@@ -116,7 +129,8 @@ mod tests {
 
     fn sampler(shadow: Option<f64>) -> (Sampler, rtrb::Consumer<Sample>, Arc<Counters>) {
         let counters = Arc::new(Counters::default());
-        let (sampler, intake) = Sampler::new(Arc::default(), counters.clone(), shadow, 7);
+        let (sampler, intake) =
+            Sampler::new(Arc::default(), counters.clone(), shadow.map(|share| Lots::new(share, 7)));
         (sampler, intake, counters)
     }
 

@@ -114,7 +114,8 @@ impl Said {
         };
         let lower = |set: BTreeSet<String>| set.iter().map(|name| name.to_ascii_lowercase()).collect();
         let age = browser::values(response.headers, "access-control-max-age").next();
-        let age = age.and_then(|value| std::str::from_utf8(value).ok()?.parse::<i64>().ok()).unwrap_or(UNSAID);
+        let age =
+            age.and_then(|value| std::str::from_utf8(value).ok()?.parse::<i64>().ok()).unwrap_or(UNSAID);
         let mut methods = set("access-control-allow-methods");
         methods.retain(|method| !matches!(&**method, "GET" | "HEAD" | "POST"));
         Self {
@@ -212,7 +213,11 @@ impl Shadow {
     }
 
     /// For `preflightd shadow report`.
-    pub(crate) fn json(&self, labels: &[RouteLabel], listener: impl Fn(&Question) -> String) -> serde_json::Value {
+    pub(crate) fn json(
+        &self,
+        labels: &[RouteLabel],
+        listener: impl Fn(&Question) -> String,
+    ) -> serde_json::Value {
         let label = |route: RouteId| {
             let label = labels.get(route.0 as usize);
             let of = |text: fn(&RouteLabel) -> &str| label.map_or("", text).to_owned();
@@ -249,7 +254,9 @@ fn essence(answer: &[u8]) -> String {
     let text = String::from_utf8_lossy(answer);
     let mut lines = text.lines();
     let mut kept = lines.next().unwrap_or_default().to_owned();
-    for line in lines.filter(|line| is_cors(line) || line.get(..5).is_some_and(|n| n.eq_ignore_ascii_case("vary:"))) {
+    for line in
+        lines.filter(|line| is_cors(line) || line.get(..5).is_some_and(|n| n.eq_ignore_ascii_case("vary:")))
+    {
         kept.push('\n');
         kept.push_str(line);
     }
@@ -288,7 +295,8 @@ mod tests {
                 "E" => "Access-Control-Expose-Headers",
                 other => other,
             };
-            out += &format!("{name}: {}\r\n", if value == "a" { "https://a.example" } else { value });
+            let value = if value == "a" { "https://a.example" } else { value };
+            out.extend([name, ": ", value, "\r\n"]);
         }
         (out + "\r\n").into_bytes()
     }
@@ -310,7 +318,12 @@ mod tests {
             ("credentials", "204 O=a|M=PUT|H=x-a|C=true", ALLOWED, &[Credentials]),
             ("further methods", ALLOWED, "204 O=a|M=PUT,DELETE|H=x-a", &[Methods]),
             ("further headers, and longer", ALLOWED, "204 O=a|M=PUT|H=x-a,x-b|A=60", &[Headers, MaxAge]),
-            ("beyond what browsers take", "204 O=a|M=PUT|H=x-a|A=90000", "204 O=a|M=PUT|H=x-a|A=1728000", &[]),
+            (
+                "beyond what browsers take",
+                "204 O=a|M=PUT|H=x-a|A=90000",
+                "204 O=a|M=PUT|H=x-a|A=1728000",
+                &[],
+            ),
             ("expose", ALLOWED, "204 O=a|M=PUT|H=x-a|E=x-b", &[Expose]),
         ] {
             assert_eq!(differences(&question(), &answer(ours), &answer(theirs)), expected, "{name}");

@@ -74,7 +74,9 @@ impl Of {
 fn host(text: &str) -> Result<String, String> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'[' | b']');
     if text.is_empty() || !text.bytes().all(plain) {
-        return Err("write a host as clients send it, such as app.example.com or app.example.com:8080".to_owned());
+        return Err(
+            "write a host as clients send it, such as app.example.com or app.example.com:8080".to_owned()
+        );
     }
     Ok(text.to_ascii_lowercase())
 }
@@ -111,8 +113,9 @@ fn list(args: &List) -> Result<(), Failure> {
         print(format_args!("{answer:#}\n"));
         return Ok(());
     }
-    let Listed { entries, max_entries } = serde_json::from_value(answer)
-        .map_err(|e| Failure::Failed(format!("the daemon's list is not as expected: {e}; is it another version?")))?;
+    let Listed { entries, max_entries } = serde_json::from_value(answer).map_err(|e| {
+        Failure::Failed(format!("the daemon's list is not as expected: {e}; is it another version?"))
+    })?;
     let mut out = String::new();
     for entry in &entries {
         let state = match &entry.why {
@@ -129,7 +132,11 @@ fn list(args: &List) -> Result<(), Failure> {
             escape(&entry.host),
             escape(&entry.target),
             escape(&entry.origin),
-            if entry.headers.is_empty() { String::new() } else { format!(" with {}", escape(&entry.headers)) },
+            if entry.headers.is_empty() {
+                String::new()
+            } else {
+                format!(" with {}", escape(&entry.headers))
+            },
         );
     }
     let _ = writeln!(out, "{} of at most {max_entries}", entries.len());

@@ -48,12 +48,12 @@ struct Report {
 #[derive(Deserialize)]
 struct Told {
     compared: u64,
-    counts: Vec<Count>,
+    counts: Vec<Row>,
     samples: Vec<Sample>,
 }
 
 #[derive(Deserialize)]
-struct Count {
+struct Row {
     host: String,
     route: String,
     policy: String,
@@ -73,19 +73,20 @@ struct Sample {
 pub(super) fn shadow(args: &Shadow) -> Result<(), Failure> {
     let Command::Report(args) = &args.command;
     let answer = socket::ask(&args.admin_socket, Method::GET, "/shadow")?;
-    let told: Told = serde_json::from_value(answer.clone())
-        .map_err(|e| Failure::Failed(format!("the daemon's report is not as expected: {e}; is it another version?")))?;
+    let told: Told = serde_json::from_value(answer.clone()).map_err(|e| {
+        Failure::Failed(format!("the daemon's report is not as expected: {e}; is it another version?"))
+    })?;
     match args.format {
         Format::Json => print(format_args!("{answer:#}\n")),
         Format::Text => print(render(&told)),
     }
-    let bad = |count: &Count| !matches!(&*count.result, "agree" | "we_pass" | "ask_failed");
+    let bad = |row: &Row| !matches!(&*row.result, "agree" | "we_pass" | "ask_failed");
     if told.counts.iter().any(bad) { Err(Failure::Findings) } else { Ok(()) }
 }
 
 fn render(told: &Told) -> String {
     let mut out = format!("compared: {}\n", told.compared);
-    for Count { host, route, policy, result, count } in &told.counts {
+    for Row { host, route, policy, result, count } in &told.counts {
         let route = if host.is_empty() {
             "(no route)".to_owned()
         } else {

@@ -129,7 +129,10 @@ fn cors_check(
     }
 }
 
-pub(crate) fn values<'a>(answer: &'a [httparse::Header<'_>], name: &'static str) -> impl Iterator<Item = &'a [u8]> {
+pub(crate) fn values<'a>(
+    answer: &'a [httparse::Header<'_>],
+    name: &'static str,
+) -> impl Iterator<Item = &'a [u8]> {
     answer.iter().filter(move |h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value.trim_ascii())
 }
 

@@ -192,7 +192,8 @@ fn decide(context: &Context<'_>, head: &PreflightHead<'_>, tier: Option<Tier>, r
     report.steps = steps.0;
     match decision {
         Decision::Pass(reason, route) => {
-            if context.steered && reason == PassReason::NoHost {
+            let unknown = tier == Some(Tier::Worker(ask::UnknownHost)) && reason == PassReason::NotLearned;
+            if context.steered && (reason == PassReason::NoHost || unknown) {
                 // Workers get only the hosts of policies.
                 Tier::Proxy.name().clone_into(&mut report.tier);
                 report.tier_words = Tier::Proxy.words();

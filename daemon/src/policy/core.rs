@@ -57,7 +57,7 @@ impl Methods {
 }
 
 /// A bit for each of the methods that nearly all lists consist of; 0 for others.
-pub(super) fn usual_bit(method: &[u8]) -> u8 {
+fn usual_bit(method: &[u8]) -> u8 {
     match method {
         b"GET" => 1,
         b"HEAD" => 2,

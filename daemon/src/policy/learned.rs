@@ -37,8 +37,7 @@ pub struct Learnable {
 impl Learnable {
     /// Hosts of these listeners (none: all listeners). Each pattern has one label, however many paths are learned.
     pub fn new(listeners: &[ListenerId], hosts: &[HostPattern], labels: &mut RouteLabels) -> Self {
-        let mut learnable =
-            Self { listeners: listeners.to_vec(), exact: AHashMap::new(), below: Vec::new() };
+        let mut learnable = Self { listeners: listeners.to_vec(), exact: AHashMap::new(), below: Vec::new() };
         for pattern in hosts {
             let label = labels.intern(RouteLabel {
                 host: pattern.to_string().into(),
@@ -208,8 +207,11 @@ impl Learned {
                 let same = *value == *question.origin;
                 allowed |= same || value == "*";
                 // Spliced in: so answers to many origins are one and the same template.
-                builder =
-                    if same { builder.origin(false) } else { builder.line("Access-Control-Allow-Origin", value) };
+                builder = if same {
+                    builder.origin(false)
+                } else {
+                    builder.line("Access-Control-Allow-Origin", value)
+                };
             } else {
                 builder = builder.line(name, value);
             }
@@ -260,7 +262,9 @@ impl Answers {
             return None;
         }
         let Preflight { listener, host, target, origin, method, .. } = *request;
-        let found = self.index.find(place(listener, host, target, origin, method), |i| self.entries[i as usize].question.is(request))?;
+        let found = self.index.find(place(listener, host, target, origin, method), |i| {
+            self.entries[i as usize].question.is(request)
+        })?;
         let Learned { template, outcome, .. } = &*self.entries[found as usize];
         Answer::new(*outcome, label, template, request)
     }

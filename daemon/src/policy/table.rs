@@ -300,7 +300,8 @@ impl Table {
         };
         let Some(answer) = learned.answer(request, label) else {
             trace.step(|| {
-                "learned: no answer of the proxy to exactly this is known: passed, and perhaps asked for".to_owned()
+                "learned: no answer of the proxy to exactly this is known: passed, and perhaps asked for"
+                    .to_owned()
             });
             return Decision::Pass(PassReason::NotLearned, label);
         };

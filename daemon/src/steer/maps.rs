@@ -343,9 +343,9 @@ impl Samples {
     pub fn each(&mut self, mut sample: impl FnMut(ListenerId, &[u8])) {
         while let Some(item) = self.0.next() {
             // As `Sample` lies in memory.
-            let Some((head, bytes)) = item.split_first_chunk::<8>() else { continue };
-            let [a, b, c, d, e, f, g, h] = *head;
-            let (listener, length) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]));
+            let Some((listener, rest)) = item.split_first_chunk() else { continue };
+            let Some((length, bytes)) = rest.split_first_chunk() else { continue };
+            let (listener, length) = (u32::from_ne_bytes(*listener), u32::from_ne_bytes(*length));
             if let (Ok(listener), Some(bytes)) = (u16::try_from(listener), bytes.get(..length as usize)) {
                 sample(ListenerId(listener), bytes);
             }

@@ -234,7 +234,9 @@ fn host_of(request: &Request<Incoming>) -> Option<&str> {
 
 fn learned(request: &Request<Incoming>, status: &Status) -> Answer {
     match status.ask().and_then(crate::ask::Shared::store) {
-        Some(store) => json(&store.json(host_of(request), |question| status.listener_name(question.listener))),
+        Some(store) => {
+            json(&store.json(host_of(request), |question| status.listener_name(question.listener)))
+        }
         None => plain(StatusCode::CONFLICT, NOTHING_LEARNED),
     }
 }
@@ -250,10 +252,9 @@ fn shadow(status: &Status) -> Answer {
     let labels = status.running().labels.clone();
     match status.ask().and_then(crate::ask::Shared::shadow) {
         Some(shadow) => json(&shadow.json(&labels, |question| status.listener_name(question.listener))),
-        None => plain(
-            StatusCode::CONFLICT,
-            "the daemon compares nothing: set shadow.enabled and restart it\n",
-        ),
+        None => {
+            plain(StatusCode::CONFLICT, "the daemon compares nothing: set shadow.enabled and restart it\n")
+        }
     }
 }
 

@@ -99,7 +99,10 @@ fn describe() {
          502 each; `overloaded`: more than relay.max_connections, a 503 each; `aborted`: a reset or an I/O error \
          later; `idle`: relay.idle_timeout."
     );
-    describe_counter!("preflightd_ask_sampled_total", "Preflights that were shown to the thread that asks the proxy.");
+    describe_counter!(
+        "preflightd_ask_sampled_total",
+        "Preflights that were shown to the thread that asks the proxy."
+    );
     describe_counter!(
         "preflightd_ask_dropped_total",
         "Preflights that the proxy might have been asked about, and for which there was no room."
@@ -119,7 +122,10 @@ fn describe() {
         "preflightd_learned_total",
         "What became of answers of the proxy: `learned`, or why not. `conflict`: two asks had different answers."
     );
-    describe_counter!("preflightd_learned_evicted_total", "Entries that had to give way to others: too many at once.");
+    describe_counter!(
+        "preflightd_learned_evicted_total",
+        "Entries that had to give way to others: too many at once."
+    );
     describe_counter!(
         "preflightd_shadow_compared_total",
         "Comparisons of our answers with the proxy's, as a browser judges them, by route and result. One with several \

@@ -503,7 +503,15 @@ mod tests {
 
         fn context(&self) -> Context<'_> {
             let Self { table, stats, draining, answers, .. } = self;
-            Context { table, date: DATE, head: HEAD_LIMITS, stats, draining: *draining, answers, sampler: None }
+            Context {
+                table,
+                date: DATE,
+                head: HEAD_LIMITS,
+                stats,
+                draining: *draining,
+                answers,
+                sampler: None,
+            }
         }
 
         /// The next step; the borrow of the context ends with it.

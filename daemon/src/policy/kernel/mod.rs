@@ -2,8 +2,9 @@
 //! in pieces. Everything else is marked as a worker's to decide.
 
 use super::answer::{Connection, Pieces, Template};
-use super::core::{Core, Methods, usual_bit};
+use super::core::{Core, Methods};
 use super::host::Own;
+use super::learned::Question;
 use super::origin::Origins;
 use super::routes::{CONFLICT, HostEntry, HostHit, Hosts, Target};
 use super::table::Table;
@@ -14,15 +15,12 @@ use preflightd_common::{
         MAX_FRONT, MAX_MIDDLE, MAX_TAIL, MAX_TEMPLATES, MAX_TERMS, MAX_TEXT, Routes, Rule, Term, Value, ask,
         routes_flags, rule_flags, term,
     },
-    decide::{Decide, decide, verdict},
+    decide::{self, Decide, verdict},
     head,
     preflight::Scan,
     words::{Buffer, LOOKED_AT},
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 /// What goes into the maps `TERMS` and `TEMPLATES`, generations apart.
 #[derive(Clone, Debug, Default)]
@@ -111,7 +109,9 @@ fn asked_words(why: u32) -> &'static str {
         ask::UnknownHost => "its host is not in the kernel's table",
         ask::LongPath => "its host has longer paths than the kernel compares",
         ask::Regex => "its host has regular expressions",
-        ask::Rules => "its policy echoes what was asked for, or depends on the method, or its answer was learned",
+        ask::Rules => {
+            "its policy echoes what was asked for, or depends on the method, or its answer was learned"
+        }
         ask::Origin => "its origin is too long, or matches by a rule that the kernel does not know",
         ask::Method => "its method is an unusual one",
         ask::Names => "its requested headers are not as browsers write them",
@@ -167,7 +167,7 @@ impl KernelTable {
         buffer[..bytes.len()].copy_from_slice(bytes);
         let head = head::read(&mut buffer, bytes.len() as u32)?;
         let found = |term: &Term| self.terms.get(term).copied();
-        Ok(decide(0, u32::from(listener.0), &buffer, &head, found))
+        Ok(decide::decide(0, u32::from(listener.0), &buffer, &head, found))
     }
 }
 
@@ -226,18 +226,6 @@ struct Sets<'t> {
     origins: AHashMap<&'t Origins, (u32, u32)>,
     names: AHashMap<*const u8, u32>,
     templates: AHashMap<Pieces, u32>,
-    /// Sets of origins of learned answers, numbered from [`LEARNED`] on.
-    learned: u32,
-}
-
-/// Beyond the sets of policies.
-const LEARNED: u32 = 1 << 31;
-
-/// What was learned of a path.
-#[derive(Default)]
-struct LearnedPath<'t> {
-    methods: u32,
-    origins: BTreeSet<&'t [u8]>,
 }
 
 struct Build<'t> {
@@ -331,50 +319,44 @@ impl<'t> Build<'t> {
         self.made.summary.hosts += usize::from(self.add(kind, of, text, routes.value()));
     }
 
-    /// Marks the paths of which an answer was learned as a worker's, for the origins and methods that it was learned for:
-    /// everything else of these paths is surely the proxy's. A worker compares the query and the requested headers, too.
+    /// Marks the questions to which an answer was learned as a worker's, and all else on their paths as the proxy's. A worker
+    /// that cannot answer turns its client away: so only the very bytes of a question count, as browsers write it.
     fn learned(&mut self, id: ListenerId, own: &Own, hosts: &Hosts) {
         let Some(learned) = self.table.learned() else { return };
-        let mut paths: BTreeMap<(&str, &str), LearnedPath<'_>> = BTreeMap::new();
-        for question in learned.questions().filter(|question| question.listener == id) {
-            let path = paths.entry((question.host_name(), question.path())).or_default();
-            path.methods |= u32::from(usual_bit(question.method.as_bytes()));
-            path.origins.insert(question.origin.as_bytes());
-        }
         let of = u32::from(id.0);
-        for ((name, path), LearnedPath { methods, origins }) in paths {
+        for question in learned.questions().filter(|question| question.listener == id) {
+            let Question { target, method, origin, headers, host: named, .. } = question;
+            let path = question.path();
             let mut buffer = None;
-            let Some(host) = own.parse(name.as_bytes(), &mut buffer) else { continue };
-            let mut routes = match hosts.find(&host, false) {
-                None => Routes { host: self.sets.entries, ..Routes::default() },
-                // Where policies share a path by method, or a pattern has the host, too much would be the proxy's.
-                Some((entry, HostHit::Exact)) if !hosts.is_by_method(entry) => Routes::default(),
-                Some(_) => continue,
+            let Some(host) = own.parse(question.host_name().as_bytes(), &mut buffer) else { continue };
+            let Some(key) = key(term::HOST, of, host.name).filter(|_| path.len() < MAX_TEXT as usize) else {
+                continue;
             };
-            let Some(key) = key(term::HOST, of, host.name) else { continue };
-            match self.made.terms.get(&key) {
-                Some(known) => routes = Routes::of(known),
-                None => self.sets.entries += 1,
-            }
-            if routes.flags & routes_flags::REGEX != 0 || path.len() >= MAX_TEXT as usize {
+            let mut routes = match (self.made.terms.get(&key), hosts.find(&host, false)) {
+                // Where policies share a path by method, or a pattern has the host, too much would be the proxy's.
+                (_, Some((entry, hit))) if hit != HostHit::Exact || hosts.is_by_method(entry) => continue,
+                (Some(known), _) => Routes::of(known),
+                (None, _) => {
+                    self.sets.entries += 1;
+                    Routes { host: self.sets.entries - 1, ..Routes::default() }
+                }
+            };
+            if routes.flags & routes_flags::REGEX != 0 {
                 continue;
             }
             let label = learned.label(id, host.name, host.literal.is_some()).unwrap_or_default();
-            let set = LEARNED + self.sets.learned;
-            self.sets.learned += 1;
-            for origin in origins {
-                self.made.summary.origins += usize::from(self.add(term::ORIGIN, set, origin, [0; 8]));
-            }
-            let flags = rule_flags::DECIDES
-                | rule_flags::DENIED_PASS
-                | rule_flags::ALL_NAMES
-                | rule_flags::ALLOWED_ASK;
-            let rule = Rule { flags, methods, origins: set, label: label.0, ..Rule::default() };
             routes.exact |= 1 << path.len();
             self.made.terms.insert(key, routes.value());
             if let Some(key) = self::key(term::PATH, routes.host, path.as_bytes()) {
-                self.made.terms.insert(key, rule.value());
+                let rule = Rule { flags: rule_flags::LEARNED, label: label.0, ..Rule::default() };
+                self.made.summary.paths += usize::from(self.made.terms.insert(key, rule.value()).is_none());
             }
+            let [target, method, origin, headers, named] =
+                [target, method, origin, headers, named].map(|t| t.as_bytes());
+            let mut text = [0; MAX_TEXT as usize / 8];
+            text[0] = decide::question(of, target, method, origin, headers, named);
+            let question = Term { kind: term::LEARNED, of: routes.host, text, ..Term::default() };
+            self.made.terms.insert(question, Value::default());
         }
     }
 

@@ -547,7 +547,8 @@ impl Steering {
         }
         let mut reasons = Vec::new();
         if self.shadow && self.options.mode == SteerMode::Steer {
-            reasons.push("shadow mode: the proxy answers everything, and its answers are compared".to_owned());
+            reasons
+                .push("shadow mode: the proxy answers everything, and its answers are compared".to_owned());
         }
         if self.options.mode == SteerMode::Steer {
             reasons.extend(self.cannot_steer.clone());
@@ -628,7 +629,12 @@ impl Steering {
             generation: self.answers.generation(),
             second: self.answers.second(),
             max_head: self.answers.max_head(),
-            samples: if self.shows { SAMPLES } else { 0 },
+            // Where nothing is answered anyway, the proxy need not be asked.
+            samples: if self.shows && (self.shadow || self.options.mode == SteerMode::Steer) {
+                SAMPLES
+            } else {
+                0
+            },
             zero: 0,
         };
         self.serve()?;
