@@ -4,7 +4,7 @@
 //! and taken over by another version of the daemon: whoever changes a layout or a slot raises [`VERSION`].
 
 /// Version of everything here; part of the path where maps and links are pinned.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// How many (port, listener) pairs can be counted; also bounds the served ports.
 pub const MAX_PORTS: u32 = 64;
@@ -119,6 +119,10 @@ pub struct Config {
     pub second: u32,
     /// Longer heads are not answered (`limits.max_head_bytes`).
     pub max_head: u32,
+    /// First segments that each CPU may show in a [`BUDGET_SHIFT`] period; 0: none are shown.
+    pub samples: u32,
+    /// Zero.
+    pub zero: u32,
 }
 
 /// Bits of [`Config::flags`].
@@ -148,6 +152,21 @@ pub mod config_flags {
     pub const HALF_FULL: u32 = 1024;
     /// `ANSWERED` is nearly full.
     pub const CROWDED: u32 = 2048;
+}
+
+/// Bytes of `SAMPLES`.
+pub const SAMPLES_BYTES: u32 = 1 << 18;
+
+/// A record of `SAMPLES`: the first segment of a connection that looks like a preflight.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// The listener's number.
+    pub listener: u32,
+    /// Bytes that follow.
+    pub length: u32,
+    /// The segment; behind its end whatever was there before.
+    pub bytes: [u8; 2048],
 }
 
 /// Nanoseconds after which a heartbeat is stale.
@@ -346,6 +365,9 @@ pub mod term {
     pub const HTTP_BELOW: u16 = 10;
     /// The name of a request header in a set. Value: its position in ascending order.
     pub const NAME: u16 = 11;
+    /// A question to the paths of a host that an answer was learned for: no text, but in its first word a hash, as
+    /// [`crate::decide::question`] has it. A worker compares the question itself.
+    pub const LEARNED: u16 = 12;
 }
 
 /// Value of a [`Term`], as one of the types below or as the kind says.
@@ -450,6 +472,8 @@ pub mod rule_flags {
     pub const DENIED_ASK: u32 = 256;
     /// Everything goes to the proxy: the policy is switched off, stale, not wholly understood, or in conflict with another.
     pub const PASSES: u32 = 512;
+    /// Answers of the proxy were learned: what has a [`super::term::LEARNED`] is a worker's, all else the proxy's.
+    pub const LEARNED: u32 = 1024;
 }
 
 /// Key of `TEMPLATES`.
@@ -774,7 +798,7 @@ slots! {
 const _: () = assert!(size_of::<Flow>() == 36);
 const _: () = assert!(size_of::<Endpoint>() == 20);
 const _: () = assert!(size_of::<Service>() == 20);
-const _: () = assert!(size_of::<Config>() == 48);
+const _: () = assert!(size_of::<Config>() == 56);
 const _: () = assert!(size_of::<Interface>() == 8);
 const _: () = assert!(size_of::<Pending>() == 20);
 const _: () = assert!(size_of::<Host>() == 16);
@@ -784,6 +808,7 @@ const _: () = assert!(size_of::<Value>() == 32 && size_of::<Rule>() == 32 && siz
 const _: () = assert!(size_of::<Template>() == 8);
 const _: () = assert!(size_of::<Pieces>() == 1152);
 const _: () = assert!(size_of::<Date>() == 40);
+const _: () = assert!(size_of::<Sample>() == 2056);
 
 #[cfg(feature = "user")]
 mod pod {

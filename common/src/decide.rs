@@ -55,6 +55,8 @@ mod phase {
     pub(super) const METHOD: u32 = 14;
     pub(super) const NAME_TEXT: u32 = 15;
     pub(super) const NAME: u32 = 16;
+    pub(super) const QUESTION: u32 = 17;
+    pub(super) const LEARNED: u32 = 18;
 }
 
 /// A decision under way.
@@ -65,7 +67,7 @@ pub struct Decide {
     pub key: Term,
     /// The policy's rule, once it is known.
     pub rule: Rule,
-    /// Dots of the host, or of the origin's host, that were not tried yet.
+    /// Dots of the host, or of the origin's host, that were not tried yet; or the hash of the question so far.
     dots: u64,
     /// Underscores of the origin's host.
     underscores: u64,
@@ -75,7 +77,7 @@ pub struct Decide {
     prefixes: u64,
     listener: u32,
     phase: u32,
-    /// The host without its port, then the origin's host, then the rest of the requested headers.
+    /// The host without its port, then the origin's host, then the rest of the requested headers; or a part of the question.
     rest: Span,
     /// Where the text of the key is.
     text: u32,
@@ -89,7 +91,7 @@ pub struct Decide {
     port: u32,
     /// What the host's paths are kept under.
     paths: u32,
-    /// Names of requested headers must stand behind this position.
+    /// Names of requested headers must stand behind this position; or the number of the part of the question.
     position: u32,
     /// Of [`verdict`].
     pub verdict: u32,
@@ -186,6 +188,9 @@ impl Decide {
         let wanted = self.next(bytes, head);
         if wanted == wants::LOOK_UP {
             self.key.fill(bytes, self.text);
+            if self.phase == phase::LEARNED {
+                self.key.text[0] = self.dots;
+            }
         }
         wanted
     }
@@ -241,6 +246,7 @@ impl Decide {
                 wants::NOTHING
             }
             phase::METHOD => self.method(head),
+            phase::QUESTION => self.question(bytes, head),
             _ => self.name_text(bytes),
         }
     }
@@ -282,6 +288,12 @@ impl Decide {
                     if self.rule.flags & rule_flags::PASSES != 0 {
                         self.verdict = verdict::PROXY;
                         self.outcome = outcome::PassedRoute;
+                    } else if self.rule.flags & rule_flags::LEARNED != 0 {
+                        self.rest = head.target();
+                        self.dots = u64::from(self.listener);
+                        self.position = 0;
+                        self.offset = 0;
+                        self.phase = phase::QUESTION;
                     } else if self.rule.flags & rule_flags::DECIDES == 0 {
                         self.ask(ask::Rules);
                     } else {
@@ -290,6 +302,14 @@ impl Decide {
                 }
                 None => self.phase = phase::PATH_BELOW,
             },
+            phase::LEARNED => {
+                if found.is_some() {
+                    self.ask(ask::Rules);
+                } else {
+                    self.verdict = verdict::PROXY;
+                    self.outcome = outcome::PassedRoute;
+                }
+            }
             phase::ORIGIN => match found {
                 Some(_) => {
                     self.method(head);
@@ -563,6 +583,33 @@ impl Decide {
         self.look_up(term::NAME, self.rule.names, at, length)
     }
 
+    /// Takes a word of the question: its target, method, origin, requested headers and host, one after the other.
+    #[inline(always)]
+    fn question(&mut self, bytes: &Buffer, head: &Head) -> u32 {
+        let Span { at, end } = self.rest;
+        let length = end.wrapping_sub(at);
+        if self.offset < length {
+            let there = (first(length - self.offset) >> 7).wrapping_mul(0xff);
+            self.dots = mixed(self.dots, word(bytes, at + self.offset) & there);
+            self.offset += 8;
+            return wants::STEP;
+        }
+        self.dots = mixed(self.dots, u64::from(length));
+        self.offset = 0;
+        self.position += 1;
+        self.rest = match self.position {
+            1 => head.method,
+            2 => head.origin,
+            3 => head.headers,
+            4 => head.host,
+            _ => {
+                self.phase = phase::LEARNED;
+                return self.look_up(term::LEARNED, self.paths, TARGET, 0);
+            }
+        };
+        wants::STEP
+    }
+
     #[inline(always)]
     fn allowed(&mut self, head: &Head) {
         self.verdict = verdict::ANSWER;
@@ -583,6 +630,34 @@ impl Decide {
             self.template = self.rule.denied + u32::from(head.said & said::CLOSE != 0);
         }
     }
+}
+
+#[inline(always)]
+fn mixed(hash: u64, word: u64) -> u64 {
+    let product = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    product ^ (product >> 32)
+}
+
+/// The hash of a question, as [`term::LEARNED`] has it. Not keyed: who finds two questions with the same hash has a worker
+/// look at the second one in vain.
+pub fn question(
+    listener: u32,
+    target: &[u8],
+    method: &[u8],
+    origin: &[u8],
+    headers: &[u8],
+    host: &[u8],
+) -> u64 {
+    let mut hash = u64::from(listener);
+    for part in [target, method, origin, headers, host] {
+        for chunk in part.chunks(8) {
+            let mut bytes = [0; 8];
+            bytes[..chunk.len()].copy_from_slice(chunk);
+            hash = mixed(hash, u64::from_le_bytes(bytes));
+        }
+        hash = mixed(hash, part.len() as u64);
+    }
+    hash
 }
 
 /// Decides, where a plain loop and any look-up will do.

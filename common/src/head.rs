@@ -107,6 +107,12 @@ impl Head {
         self.len = len;
     }
 
+    /// Where the target is, once no step is left.
+    #[inline(always)]
+    pub fn target(&self) -> Span {
+        Span { at: TARGET, end: self.target.end }
+    }
+
     /// Whether all that a preflight must say was said, once no step is left.
     #[inline(always)]
     pub fn is_preflight(&mut self) -> bool {

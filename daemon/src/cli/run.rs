@@ -6,9 +6,10 @@
 
 use super::{Engine, Failure, ProxyProtocol, Run, log, steer::Steered};
 use crate::{
+    ask::{self, Asker},
     config::{self, Config, Diagnostic, Listener, Loaded, Watch},
     explain::{self, Sources},
-    policy::{ListenerId, PolicySpec, RouteLabels, Table, labels::RouteLabel},
+    policy::{ListenerId, PolicySpec, RouteLabels, Table, labels::RouteLabel, learned::Answers},
     publish::Publisher,
     reason::PassReason,
     relay::{self, Relay, Ways},
@@ -60,6 +61,8 @@ pub(super) fn run(args: &Run) -> Result<(), Failure> {
         return Err(Failure::Failed("the configuration has errors: nothing was started".to_owned()));
     };
     let config = files.overridden(config);
+    let learned = ask::nothing_yet(&config, &mut labels);
+    let table = table.with_learned(table.generation(), learned);
     log::init(&config.log, args.log_level.as_deref())?;
     log_findings(&loaded.diagnostics);
     files.paths.clone_from(&loaded.files);
@@ -85,6 +88,7 @@ struct Files {
     workers: Option<u16>,
     engine: Option<EngineChoice>,
     mode: Option<config::SteerMode>,
+    shadow: bool,
     admin: Option<SocketAddr>,
     admin_socket: Option<PathBuf>,
     log_format: Option<config::LogFormat>,
@@ -132,6 +136,7 @@ impl Files {
                 Engine::Epoll => EngineChoice::Epoll,
             }),
             mode: args.mode,
+            shadow: args.shadow,
             admin: args.admin,
             admin_socket: args.admin_socket.clone(),
             log_format: args.log_format,
@@ -170,6 +175,7 @@ impl Files {
         if let Some(mode) = self.mode {
             config.steer.mode = mode;
         }
+        config.shadow.enabled |= self.shadow;
         if self.admin.is_some() {
             config.admin.address = self.admin;
         }
@@ -239,7 +245,8 @@ async fn control(files: Files, config: Config, table: Table, work: Work) -> io::
     if let Some(socket) = socket {
         surfaces.push(tokio::spawn(socket.serve(status.clone())));
     }
-    let mut reloader = Reloader::new(files, work, status.clone(), kubernetes);
+    let learned = daemon.asker.as_ref().map(Asker::answers);
+    let mut reloader = Reloader::new(files, work, status.clone(), kubernetes, learned);
     let mut interfaces = daemon.steered.watch()?;
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -254,7 +261,7 @@ async fn control(files: Files, config: Config, table: Table, work: Work) -> io::
             },
             reloaded = reloader.next() => if let Some(reloaded) = reloaded {
                 daemon.publisher.publish(&reloaded.table);
-                daemon.steered.reloaded(&reloaded.policies, &reloaded.table, &reloaded.steer);
+                daemon.steered.reloaded(&reloaded.policies, &reloaded.table, reloaded.steer.as_ref());
             },
             () = interfaces.changed() => daemon.steered.changed(),
             _ = ticks.tick() => if let Err(e) = daemon.tick(&status) {
@@ -276,6 +283,8 @@ struct Daemon {
     workers: Option<Workers>,
     relay: Option<Relay>,
     steered: Steered,
+    /// `None`: the proxy is not asked.
+    asker: Option<Asker>,
 }
 
 impl Daemon {
@@ -319,6 +328,7 @@ impl Daemon {
         };
 
         let table = Arc::new(table);
+        let learned = table.learned().cloned();
         let sources = explain::sources(&config.policies);
         let (publisher, subscribers) = Publisher::new(count, table.clone())?;
         let cpus = if config.workers.pin { cpus() } else { Vec::new() };
@@ -327,6 +337,8 @@ impl Daemon {
         }
         let stats: Vec<_> = (0..count).map(|_| Arc::new(WorkerStats::new(labels.capacity()))).collect();
         let mut handles = handles.into_iter();
+        let (asking, samplers) = ask::prepare(&config, count).unzip();
+        let mut samplers = samplers.into_iter().flatten();
         let setups = sockets.into_iter().zip(subscribers).zip(&stats).enumerate();
         let setups = setups.map(|(index, ((listeners, tables), stats))| WorkerSetup {
             index,
@@ -335,6 +347,7 @@ impl Daemon {
             tables,
             relay: handles.next(),
             stats: stats.clone(),
+            sampler: samplers.next(),
         });
         let workers = Workers::start(setups.collect(), config.workers.engine, config.connection_limits())?;
         steered.engage(&config.policies, &table)?;
@@ -350,7 +363,12 @@ impl Daemon {
         let backend = relay.as_ref().map(|relay| relay.backend().to_string()).unwrap_or_default();
         let status =
             Status::new(stats, relay_stats, config, addresses, workers.engine().to_owned(), backend, running);
-        Ok((Self { publisher, workers: Some(workers), relay, steered }, Arc::new(status)))
+        let status = Arc::new(status);
+        let asker = match asking {
+            Some(asking) => Some(asking.start(&status, learned.as_ref(), steered.shown())?),
+            None => None,
+        };
+        Ok((Self { publisher, workers: Some(workers), relay, steered, asker }, status))
     }
 
     /// What must be done now and then.
@@ -371,6 +389,8 @@ impl Daemon {
             "worker"
         } else if self.relay.as_ref().is_some_and(Relay::has_ended) {
             "relay"
+        } else if self.asker.as_ref().is_some_and(Asker::has_ended) {
+            "asking"
         } else {
             return Ok(());
         };
@@ -385,6 +405,9 @@ impl Daemon {
         // Threads look at their orders at once, and end a little after the grace.
         let latest = Instant::now() + grace + Duration::from_secs(5);
         let (workers, relay) = (self.workers.take(), self.relay.take());
+        if let Some(asker) = &self.asker {
+            asker.shutdown();
+        }
         if self.steered.release() {
             // A packet may be on its way to a worker on another CPU.
             tokio::time::sleep(IN_FLIGHT).await;
@@ -498,6 +521,10 @@ struct Reloader {
     running: Option<JoinHandle<Reload>>,
     /// Once more after the one that runs; true: reading the files.
     again: Option<bool>,
+    /// What was learned, as it changes; `None`: nothing is.
+    learned: Option<watch::Receiver<Option<Arc<Answers>>>>,
+    /// The policies that run.
+    policies: Arc<[PolicySpec]>,
 }
 
 /// What a reload brings.
@@ -514,13 +541,21 @@ struct Reloaded {
     sources: Arc<Sources>,
     policies: Arc<[PolicySpec]>,
     findings: Arc<[Diagnostic]>,
-    steer: config::Steer,
+    /// `None`: as before.
+    steer: Option<config::Steer>,
 }
 
 impl Reloader {
-    fn new(files: Files, work: Work, status: Arc<Status>, kubernetes: Kubernetes) -> Self {
+    fn new(
+        files: Files,
+        work: Work,
+        status: Arc<Status>,
+        kubernetes: Kubernetes,
+        learned: Option<watch::Receiver<Option<Arc<Answers>>>>,
+    ) -> Self {
         let watch =
             Watch::new().map_err(|e| warn!("cannot watch files, only SIGHUP reloads policies: {e}")).ok();
+        let policies = status.config.policies.clone();
         let mut this = Self {
             files,
             status,
@@ -530,6 +565,8 @@ impl Reloader {
             generation: 1,
             running: None,
             again: None,
+            learned,
+            policies,
         };
         this.watch_files();
         this
@@ -557,6 +594,16 @@ impl Reloader {
                 None => std::future::pending().await,
             }
         };
+        let learned = async {
+            match &mut self.learned {
+                // Its thread has ended: the daemon is about to, too.
+                Some(learned) => match learned.changed().await {
+                    Ok(()) => {}
+                    Err(_) => std::future::pending().await,
+                },
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = changed => {
                 self.wanted("changed files", true);
@@ -567,7 +614,28 @@ impl Reloader {
                 None
             }
             reload = done => self.done(reload),
+            () = learned => Some(self.learned()),
         }
+    }
+
+    /// Other answers were learned, or hold no longer: the same policies with these.
+    fn learned(&mut self) -> Reloaded {
+        let (table, labels, sources) = {
+            let running = self.status.running();
+            (running.table.clone(), running.labels.clone(), running.sources.clone())
+        };
+        let table = self.stamped(&table);
+        self.status.running().table = table.clone();
+        tracing::debug!(generation = table.generation(), "other answers are known");
+        let findings = self.status.running().findings.clone();
+        Reloaded { table, labels, sources, policies: self.policies.clone(), findings, steer: None }
+    }
+
+    /// A table as the next generation, with what was learned by now.
+    fn stamped(&mut self, table: &Table) -> Arc<Table> {
+        self.generation += 1;
+        let learned = self.learned.as_mut().and_then(|learned| learned.borrow_and_update().clone());
+        Arc::new(table.with_learned(self.generation, learned))
     }
 
     /// Begins to reload, or does it again after the present one: what it read may have changed since. `read`: the files too.
@@ -610,13 +678,17 @@ impl Reloader {
             self.watch_files();
         }
         let result = reload.outcome.as_ref().map_or_else(|result| *result, |_| ReloadResult::Applied);
+        let outcome = reload.outcome.map(|reloaded| {
+            self.policies = reloaded.policies.clone();
+            Reloaded { table: self.stamped(&reloaded.table), ..reloaded }
+        });
         let reloaded = {
             let mut running = self.status.running();
             if read {
                 running.reloads[result as usize] += 1;
                 running.current = result == ReloadResult::Applied;
             }
-            reload.outcome.ok().inspect(|reloaded| {
+            outcome.ok().inspect(|reloaded| {
                 running.table = reloaded.table.clone();
                 running.labels = reloaded.labels.clone();
                 running.sources = reloaded.sources.clone();
@@ -624,7 +696,6 @@ impl Reloader {
             })
         };
         if let Some(Reloaded { table, .. }) = &reloaded {
-            self.generation = table.generation();
             let (generation, policies) = (table.generation(), table.policies());
             if read {
                 info!(generation, policies, "the policies were replaced");
@@ -701,7 +772,7 @@ fn reload(
         sources: Arc::new(explain::sources(&policies)),
         policies,
         findings,
-        steer,
+        steer: Some(steer),
     };
     (Ok(reloaded), read)
 }

@@ -65,7 +65,9 @@ mod imp {
                 return Ok(Self(None));
             }
             let (head, labels) = (config.limits.max_head_bytes, config.admin.max_routes);
+            let shows = config.shadow.enabled || !config.learn.hosts.is_empty();
             Steering::open(&config.steer, services, workers, head, labels)
+                .map(|steering| steering.showing(shows, config.shadow.enabled))
                 .map(Some)
                 .map(Self)
                 .map_err(io::Error::other)
@@ -103,11 +105,24 @@ mod imp {
             }
         }
 
-        pub(in crate::cli) fn reloaded(&mut self, policies: &[PolicySpec], table: &Table, options: &Steer) {
+        /// `options`: `None` if they are as before.
+        pub(in crate::cli) fn reloaded(
+            &mut self,
+            policies: &[PolicySpec],
+            table: &Table,
+            options: Option<&Steer>,
+        ) {
             if let Some(steering) = &mut self.0 {
                 tell(steering.set_policies(policies, table));
-                tell(steering.set_options(options));
+                if let Some(options) = options {
+                    tell(steering.set_options(options));
+                }
             }
+        }
+
+        /// The preflights that the programs show; only once.
+        pub(in crate::cli) fn shown(&mut self) -> crate::ask::Kernel {
+            crate::ask::Kernel { inside: self.0.as_mut().and_then(Steering::shown) }
         }
 
         pub(in crate::cli) fn watch(&self) -> io::Result<Watching> {
@@ -179,7 +194,11 @@ mod imp {
 
         pub(in crate::cli) fn tick(&mut self, _: &Status) {}
 
-        pub(in crate::cli) fn reloaded(&mut self, _: &[PolicySpec], _: &Table, _: &super::Steer) {}
+        pub(in crate::cli) fn reloaded(&mut self, _: &[PolicySpec], _: &Table, _: Option<&super::Steer>) {}
+
+        pub(in crate::cli) fn shown(&mut self) -> crate::ask::Kernel {
+            crate::ask::Kernel::default()
+        }
 
         pub(in crate::cli) fn watch(&self) -> io::Result<Watching> {
             Ok(Watching)

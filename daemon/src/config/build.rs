@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     policy::{
-        Finding, ListenerId, PathMatch, PolicySpec, Severity, SourceRef,
+        Finding, HostPattern, ListenerId, PathMatch, PolicySpec, Severity, SourceRef,
         dialect::{self, Rules},
     },
     reason::PassReason,
@@ -24,6 +24,7 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 /// More listeners than this are a slip.
@@ -210,12 +211,17 @@ impl Build {
             let listeners = self::listeners(listeners, &mut problems);
             if whole {
                 check_steer(&root.steer, &listeners, &mut problems);
+                check_asking(&root, &listeners, &mut problems);
             }
+            let learn = learn(root.learn, &listeners, &mut problems);
             let config = Config {
                 workers: root.workers,
                 limits: root.limits,
                 relay: root.relay,
                 steer: root.steer,
+                ask: root.ask,
+                learn,
+                shadow: root.shadow,
                 admin: root.admin,
                 log: root.log,
                 kubernetes: root.kubernetes,
@@ -315,7 +321,7 @@ impl Build {
     fn finish(mut self, config: Option<Config>) -> Loaded {
         let listeners = config.as_ref().map_or(&[][..], |c| &c.listeners);
         let (policies, places) = self.policy_specs(listeners);
-        if config.is_some()
+        if config.as_ref().is_some_and(|config| config.learn.hosts.is_empty())
             && self.policies.is_empty()
             && self.world.is_empty()
             && config.as_ref().is_none_or(|config| !config.kubernetes.enabled)
@@ -827,16 +833,84 @@ fn check_numbers(root: &raw::Root, problems: &mut Vec<Problem>) {
     range("relay", "max_connections", root.relay.max_connections, 1, 1 << 22);
     range("relay", "buffer_bytes", root.relay.buffer_bytes, 4096, 1 << 20);
     range("admin", "max_routes", root.admin.max_routes, 1, 1 << 16);
+    range("ask", "per_second", root.ask.per_second as usize, 1, 10_000);
+    range("learn", "max_entries", root.learn.max_entries, 1, 1 << 16);
+    range("shadow", "samples_kept", root.shadow.samples_kept, 0, 4096);
     for (section, key, value) in [
         ("limits", "header_timeout", root.limits.header_timeout),
         ("limits", "idle_timeout", root.limits.idle_timeout),
         ("limits", "send_timeout", root.limits.send_timeout),
         ("relay", "connect_timeout", root.relay.connect_timeout),
+        ("ask", "timeout", root.ask.timeout),
     ] {
         if value.as_millis() == 0 {
             let at = At::Path(vec![Step::Key(section.into()), Step::Key(key.into())]);
             let message = format!("{section}.{key} is zero: every connection would end at once");
             problems.push(Problem::error("out-of-range", at, message, "use at least \"1ms\""));
+        }
+    }
+}
+
+/// What is learned, by the numbers of listeners.
+fn learn(raw: raw::Learn, listeners: &[Listener], problems: &mut Vec<Problem>) -> super::Learn {
+    let at = |key: &'static str, item| {
+        At::Path(vec![Step::Key("learn".into()), Step::Key(key.into()), Step::Item(item)])
+    };
+    let mut hosts = Vec::with_capacity(raw.hosts.len());
+    for (i, raw::Text(host)) in raw.hosts.into_iter().enumerate() {
+        if host == HostPattern::Any {
+            let help = "name each host whose application may be asked, such as \"app.example.com\" or \"*.example.com\"";
+            let message = "learning is allowed host by host, and `*` is every host";
+            problems.push(Problem::error("learn-any-host", at("hosts", i), message, help));
+        }
+        hosts.push(host);
+    }
+    let mut numbers = Vec::with_capacity(raw.listeners.len());
+    for (i, name) in raw.listeners.iter().enumerate() {
+        match listeners.iter().position(|listener| listener.name == *name) {
+            Some(number) => numbers.push(ListenerId(number as u16)),
+            None if listeners.is_empty() => {}
+            None => {
+                let message = format!("no listener is named `{name}`");
+                let known = listeners.iter().map(|listener| &*listener.name);
+                let help = match did_you_mean(name, known) {
+                    Some(known) => format!("did you mean `{known}`?"),
+                    None => "name a [[listener]], or leave `listeners` out for all of them".to_owned(),
+                };
+                problems.push(Problem::error("unknown-listener", at("listeners", i), message, help));
+            }
+        }
+    }
+    super::Learn { hosts, listeners: numbers, max_ttl: raw.max_ttl, max_entries: raw.max_entries }
+}
+
+/// What asking the proxy needs.
+fn check_asking(root: &raw::Root, listeners: &[Listener], problems: &mut Vec<Problem>) {
+    let at = |section: &'static str, key: &'static str| {
+        At::Path(vec![Step::Key(section.into()), Step::Key(key.into())])
+    };
+    if !(0.0..=1.0).contains(&root.shadow.sample) {
+        let message = format!("shadow.sample is {}", root.shadow.sample);
+        let help = "use a share of 0 to 1, such as 0.01";
+        problems.push(Problem::error("out-of-range", at("shadow", "sample"), message, help));
+    }
+    if !root.learn.hosts.is_empty() && root.learn.max_ttl < Duration::from_secs(2) {
+        let message = "learn.max_ttl is less than 2 s: every answer would be gone before it is learned";
+        problems.push(Problem::error("out-of-range", at("learn", "max_ttl"), message, "use \"2s\" or more"));
+    }
+    if root.shadow.enabled {
+        for listener in listeners.iter().filter(|listener| listener.upstream.is_none() && !listener.steer) {
+            let message = format!(
+                "in shadow mode the proxy answers everything, and the listener `{}` has none",
+                listener.name
+            );
+            let help = "give the listener an upstream instead of answer_only, or leave shadow mode out";
+            problems.push(Problem::error("shadow-without-proxy", at("shadow", "enabled"), message, help));
+        }
+        if !root.learn.hosts.is_empty() {
+            let message = "nothing is learned while shadow mode is on, for nothing is answered";
+            let help = "nothing, or choose one of them";
+            problems.push(Problem::warning("shadow-learns-nothing", at("learn", "hosts"), message, help));
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use crate::{
     http::HeadLimits,
-    policy::{ListenerId, ListenerSpec, PolicySpec, RouteLabels, Table},
+    policy::{HostPattern, ListenerId, ListenerSpec, PolicySpec, RouteLabels, Table},
     relay::{self, ProxyProtocol, RelayLimits, Upstream},
     sources::kubernetes::resolve::{self, GatewayDialect, Imported, Scope},
     worker::{ConnectionLimits, EngineChoice},
@@ -42,6 +42,12 @@ pub struct Config {
     pub relay: Relay,
     /// `[steer]`.
     pub steer: Steer,
+    /// `[ask]`.
+    pub ask: Ask,
+    /// `[learn]`.
+    pub learn: Learn,
+    /// `[shadow]`.
+    pub shadow: Shadow,
     /// `[admin]`.
     pub admin: Admin,
     /// `[log]`.
@@ -210,6 +216,42 @@ pub enum Firewall {
     Ignore,
 }
 
+/// `[ask]`: how the proxy itself is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ask {
+    /// Questions a second over all listeners.
+    pub per_second: u32,
+    /// For a connection and its answer.
+    #[serde(deserialize_with = "raw::duration")]
+    pub timeout: Duration,
+}
+
+/// `[learn]`: whose answers are learned of the proxy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Learn {
+    /// None: nothing is learned. Never [`HostPattern::Any`].
+    pub hosts: Vec<HostPattern>,
+    /// Empty: all.
+    pub listeners: Vec<ListenerId>,
+    /// No answer holds longer.
+    pub max_ttl: Duration,
+    /// Questions that are kept, whatever became of them.
+    pub max_entries: usize,
+}
+
+/// `[shadow]`: answers nothing, and compares.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Shadow {
+    /// Whether it does.
+    pub enabled: bool,
+    /// Share of preflights that are compared, 0 to 1.
+    pub sample: f64,
+    /// Differences that are kept for the report.
+    pub samples_kept: usize,
+}
+
 /// `[admin]`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -328,6 +370,24 @@ impl Default for Steer {
             firewall: Firewall::Refuse,
             self_test: true,
         }
+    }
+}
+
+impl Default for Ask {
+    fn default() -> Self {
+        Self { per_second: 20, timeout: Duration::from_secs(5) }
+    }
+}
+
+impl Default for Learn {
+    fn default() -> Self {
+        Self { hosts: Vec::new(), listeners: Vec::new(), max_ttl: Duration::from_mins(10), max_entries: 4096 }
+    }
+}
+
+impl Default for Shadow {
+    fn default() -> Self {
+        Self { enabled: false, sample: 0.01, samples_kept: 64 }
     }
 }
 
@@ -508,6 +568,9 @@ impl Config {
             limits: Limits::default(),
             relay: Relay::default(),
             steer: Steer::default(),
+            ask: Ask::default(),
+            learn: Learn::default(),
+            shadow: Shadow::default(),
             admin: Admin::default(),
             log: Log::default(),
             kubernetes: Kubernetes::default(),
@@ -575,6 +638,9 @@ impl Config {
             ("limits", self.limits != other.limits),
             ("relay", self.relay != other.relay),
             ("steer", self.steer.without_live() != other.steer.without_live()),
+            ("ask", self.ask != other.ask),
+            ("learn", self.learn != other.learn),
+            ("shadow", self.shadow != other.shadow),
             ("admin", self.admin != other.admin),
             ("log", self.log != other.log),
             ("kubernetes", self.kubernetes != other.kubernetes),

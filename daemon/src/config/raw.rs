@@ -26,6 +26,9 @@ pub(super) struct Root {
     pub(super) limits: super::Limits,
     pub(super) relay: super::Relay,
     pub(super) steer: super::Steer,
+    pub(super) ask: super::Ask,
+    pub(super) learn: Learn,
+    pub(super) shadow: super::Shadow,
     pub(super) admin: super::Admin,
     pub(super) log: super::Log,
     pub(super) kubernetes: super::Kubernetes,
@@ -36,6 +39,24 @@ pub(super) struct Root {
     _listener: Tables,
     #[serde(rename = "policy")]
     _policy: Tables,
+}
+
+/// `[learn]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Learn {
+    pub(super) hosts: Vec<Text<Host>>,
+    pub(super) listeners: Vec<String>,
+    #[serde(deserialize_with = "duration")]
+    pub(super) max_ttl: Duration,
+    pub(super) max_entries: usize,
+}
+
+impl Default for Learn {
+    fn default() -> Self {
+        let super::Learn { max_ttl, max_entries, .. } = super::Learn::default();
+        Self { hosts: Vec::new(), listeners: Vec::new(), max_ttl, max_entries }
+    }
 }
 
 /// Keys at the root of a policy file.

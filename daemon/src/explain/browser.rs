@@ -22,7 +22,7 @@ impl Browser {
 }
 
 /// Judges an answer to a preflight.
-pub(super) fn judge(asked: &PreflightHead<'_>, answer: &[u8]) -> Browser {
+pub(crate) fn judge(asked: &PreflightHead<'_>, answer: &[u8]) -> Browser {
     let mut lines = [httparse::EMPTY_HEADER; 32];
     let mut response = httparse::Response::new(&mut lines);
     if !matches!(response.parse(answer), Ok(httparse::Status::Complete(_))) {
@@ -129,12 +129,15 @@ fn cors_check(
     }
 }
 
-fn values<'a>(answer: &'a [httparse::Header<'_>], name: &'static str) -> impl Iterator<Item = &'a [u8]> {
+pub(crate) fn values<'a>(
+    answer: &'a [httparse::Header<'_>],
+    name: &'static str,
+) -> impl Iterator<Item = &'a [u8]> {
     answer.iter().filter(move |h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value.trim_ascii())
 }
 
 /// A list of tokens over all lines (Fetch "extract header list values"); `None`: not parsable.
-fn list<'a>(answer: &'a [httparse::Header<'_>], name: &'static str) -> Option<Vec<&'a str>> {
+pub(crate) fn list<'a>(answer: &'a [httparse::Header<'_>], name: &'static str) -> Option<Vec<&'a str>> {
     let mut list = Vec::new();
     for value in values(answer, name) {
         for token in std::str::from_utf8(value).ok()?.split(',') {

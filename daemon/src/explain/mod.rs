@@ -1,7 +1,7 @@
 //! One request through the real path (head reader, table, answer), told step by step.
 #![forbid(unsafe_code)]
 
-mod browser;
+pub(crate) mod browser;
 
 use crate::{
     config::{Listener, escape},
@@ -192,7 +192,8 @@ fn decide(context: &Context<'_>, head: &PreflightHead<'_>, tier: Option<Tier>, r
     report.steps = steps.0;
     match decision {
         Decision::Pass(reason, route) => {
-            if context.steered && reason == PassReason::NoHost {
+            let unknown = tier == Some(Tier::Worker(ask::UnknownHost)) && reason == PassReason::NotLearned;
+            if context.steered && (reason == PassReason::NoHost || unknown) {
                 // Workers get only the hosts of policies.
                 Tier::Proxy.name().clone_into(&mut report.tier);
                 report.tier_words = Tier::Proxy.words();
@@ -307,6 +308,8 @@ fn pass_words(reason: PassReason) -> &'static str {
         PassReason::NoRoute => "no policy of this host serves this path",
         PassReason::Conflict => "several policies of equal right claim it",
         PassReason::NoCors => "its route has no CORS policy: the application behind the proxy answers",
+        PassReason::NotLearned => "no answer of the proxy to exactly this is known, or holds any more",
+        PassReason::Shadow => "the daemon runs in shadow mode, and answers nothing",
         PassReason::Disabled => "its policy is switched off",
         PassReason::Unsupported => "its policy has a part that cannot be modelled exactly",
         PassReason::Stale => "its policy's source has been unreachable for too long",

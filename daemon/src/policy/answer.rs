@@ -236,6 +236,7 @@ struct Kind {
 static NO_CONTENT: Kind =
     Kind { start: b"HTTP/1.1 204 No Content\r\nDate: ", names: &CANONICAL, lower: false };
 static FORBIDDEN: Kind = Kind { start: b"HTTP/1.1 403 Forbidden\r\nDate: ", names: &CANONICAL, lower: false };
+static OK: Kind = Kind { start: b"HTTP/1.1 200 OK\r\nDate: ", names: &CANONICAL, lower: false };
 /// As Envoy's local replies look on HTTP/1.
 static ENVOY_OK: Kind = Kind { start: b"HTTP/1.1 200 OK\r\ndate: ", names: &LOWER, lower: true };
 
@@ -280,6 +281,11 @@ impl Template {
     /// 403 without a body.
     pub(super) fn forbidden() -> Builder {
         Builder::new(&FORBIDDEN).line("Content-Length", "0")
+    }
+
+    /// 200 without content.
+    pub(super) fn plain_ok() -> Builder {
+        Builder::new(&OK).line("Content-Length", "0")
     }
 
     /// Envoy's 200.

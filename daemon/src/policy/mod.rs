@@ -10,6 +10,7 @@ pub mod dialect;
 mod host;
 pub mod kernel;
 pub mod labels;
+pub mod learned;
 mod origin;
 mod regex;
 mod routes;

@@ -227,6 +227,13 @@ impl Hosts {
         regexes.flat_map(|regexes| regexes.targets.iter().copied())
     }
 
+    /// Whether policies share a path of an entry by method.
+    pub(super) fn is_by_method(&self, entry: u32) -> bool {
+        let host = &self.entries[entry as usize];
+        let routes = &self.routes[host.first as usize..(host.first + host.count) as usize];
+        routes.iter().any(|route| route.target.is_by_method())
+    }
+
     /// Whether an entry has regular expressions.
     pub(super) fn has_regexes(&self, entry: u32) -> bool {
         self.entries[entry as usize].regexes.is_some()

@@ -3,8 +3,9 @@
 use super::acrh::Names;
 use super::core::Core;
 use super::dialect::Rules;
-use super::host::{Own, parse_name};
+use super::host::{Host, Own, parse_name};
 use super::labels::RouteLabel;
+use super::learned::Answers;
 use super::routes::{Builder, CONFLICT, Claim, HostHit, Hosts, Routed, Target, Trouble};
 use super::{
     Answer, Finding, HostPattern, ListenerId, ListenerSpec, PathMatch, PolicySpec, RouteId, RouteLabels,
@@ -62,12 +63,14 @@ impl Trace for NoTrace {
 pub struct Table {
     generation: u64,
     /// By [`ListenerId`]; `None` where no listener has that number.
-    listeners: Box<[Option<Listener>]>,
-    policies: Box<[Core]>,
+    listeners: Arc<[Option<Listener>]>,
+    policies: Arc<[Core]>,
     /// Name and source of each policy, apart from what `decide` reads.
-    names: Box<[(Arc<str>, SourceRef, &'static str)]>,
+    names: Arc<[(Arc<str>, SourceRef, &'static str)]>,
     /// Policy of each route label that this table has.
-    labelled: Box<[u32]>,
+    labelled: Arc<[u32]>,
+    /// What is asked where no policy claims a request.
+    learned: Option<Arc<Answers>>,
 }
 
 #[derive(Debug)]
@@ -137,8 +140,27 @@ impl Table {
                 .map(|p| (p.name.as_str().into(), p.source.clone(), p.rules.dialect()))
                 .collect(),
             labelled: labelled.into(),
+            learned: None,
         };
         (table, findings.finish())
+    }
+
+    /// The same policies, which both tables share, with these learned answers (`None`: nothing is learned).
+    #[must_use]
+    pub fn with_learned(&self, generation: u64, learned: Option<Arc<Answers>>) -> Self {
+        Self {
+            generation,
+            listeners: Arc::clone(&self.listeners),
+            policies: Arc::clone(&self.policies),
+            names: Arc::clone(&self.names),
+            labelled: Arc::clone(&self.labelled),
+            learned,
+        }
+    }
+
+    /// What was learned; `None`: nothing is.
+    pub fn learned(&self) -> Option<&Arc<Answers>> {
+        self.learned.as_ref()
     }
 
     /// The number it was compiled as; grows with each publication.
@@ -213,8 +235,10 @@ impl Table {
                     if foreign { "is an address that is not this listener's" } else { "has no policy" };
                 format!("host: {} {what}: passed", host.name.escape_ascii())
             });
-            let reason = if foreign { PassReason::ForeignHost } else { PassReason::NoHost };
-            return Decision::Pass(reason, RouteId::OTHER);
+            if foreign {
+                return Decision::Pass(PassReason::ForeignHost, RouteId::OTHER);
+            }
+            return self.unclaimed(request, &host, PassReason::NoHost, RouteId::OTHER, trace);
         };
         trace.step(|| {
             let name = host.name.escape_ascii();
@@ -232,7 +256,7 @@ impl Table {
             Routed::To(target) => target,
             Routed::Nowhere => {
                 trace.step(|| format!("path: {} has no policy on this host: passed", path.escape_ascii()));
-                return Decision::Pass(PassReason::NoRoute, RouteId::OTHER);
+                return self.unclaimed(request, &host, PassReason::NoRoute, RouteId::OTHER, trace);
             }
             Routed::Conflict(label) => {
                 trace
@@ -252,7 +276,37 @@ impl Table {
             let (name, source, dialect) = &self.names[target.policy as usize];
             format!("path: {} leads to policy {name} ({source}, {dialect})", path.escape_ascii())
         });
+        if policy.gate == Some(PassReason::NoCors) && self.learned.is_some() {
+            trace.step(|| "policy: it leaves CORS to the application behind the proxy".to_owned());
+            return self.unclaimed(request, &host, PassReason::NoCors, target.label, trace);
+        }
         policy.judge(request, target.label, trace)
+    }
+
+    /// No policy claims the request: perhaps an answer of the proxy to it was learned.
+    #[cold]
+    fn unclaimed<'a>(
+        &'a self,
+        request: &Preflight<'a>,
+        host: &Host<'_>,
+        reason: PassReason,
+        route: RouteId,
+        trace: &mut impl Trace,
+    ) -> Decision<'a> {
+        let Some((learned, label)) = self.learned.as_deref().and_then(|learned| {
+            Some((learned, learned.label(request.listener, host.name, host.literal.is_some())?))
+        }) else {
+            return Decision::Pass(reason, route);
+        };
+        let Some(answer) = learned.answer(request, label) else {
+            trace.step(|| {
+                "learned: no answer of the proxy to exactly this is known: passed, and perhaps asked for"
+                    .to_owned()
+            });
+            return Decision::Pass(PassReason::NotLearned, label);
+        };
+        trace.step(|| "learned: answered as the proxy answered when it was asked".to_owned());
+        Decision::Answer(answer)
     }
 }
 

@@ -32,6 +32,19 @@ mod upstream;
 pub use backend::Backend;
 pub use detect::detect;
 
+/// What goes in front of a connection that we make to an upstream for ourselves: a header without a client. Empty with
+/// [`ProxyProtocol::Off`], and with [`ProxyProtocol::Auto`], which must be asked for first.
+pub(crate) fn own_header(protocol: ProxyProtocol) -> Vec<u8> {
+    let mut header = Vec::new();
+    match protocol {
+        // proxy-protocol.txt, §2.1: the address is to be that of the connection itself.
+        ProxyProtocol::V1 => header.extend_from_slice(b"PROXY UNKNOWN\r\n"),
+        ProxyProtocol::V2 => proxy_header::v2_local(&mut header),
+        ProxyProtocol::Off | ProxyProtocol::Auto => {}
+    }
+    header
+}
+
 /// Connections that wait in one worker's ring at most; the worker keeps what does not fit.
 const RING: usize = 1024;
 /// Clients that are being told of a full relay at once, per thread; beyond, they are closed without a word.

@@ -5,8 +5,9 @@ use std::{
     borrow::BorrowMut,
     cmp::Reverse,
     collections::{HashMap as StdMap, HashSet},
+    fmt,
     net::{IpAddr, Ipv6Addr},
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, RawFd},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -14,7 +15,8 @@ use std::{
 use aya::{
     Ebpf, Pod,
     maps::{
-        Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, SockMap, lpm_trie::Key,
+        Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf, SockMap,
+        lpm_trie::Key,
     },
 };
 use preflightd_common::{
@@ -28,7 +30,10 @@ use preflightd_common::{
 use rustix::time::{ClockId, clock_gettime};
 
 use super::Error;
-use crate::{http::date::imf_fixdate, policy};
+use crate::{
+    http::date::imf_fixdate,
+    policy::{self, ListenerId},
+};
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -57,6 +62,7 @@ pub(super) struct Maps {
     dates: Array<MapData, Date>,
     asked: PerCpuArray<MapData, u64>,
     outcomes: PerCpuArray<MapData, Outcomes>,
+    samples: Option<Samples>,
 }
 
 /// What was decided on a route, by the slots of [`outcome`].
@@ -87,6 +93,7 @@ impl Maps {
                 dates: of("DATES").try_into()?,
                 asked: of("ASKED").try_into()?,
                 outcomes: of("OUTCOMES").try_into()?,
+                samples: Some(Samples(of("SAMPLES").try_into()?)),
             })
         };
         taken().map_err(failed("use the eBPF maps"))
@@ -202,6 +209,11 @@ impl Maps {
     pub(super) fn clear_socket(&mut self, slot: u32) {
         // It may be gone already: a socket that is closed leaves the map by itself.
         let _ = self.sockets.clear_index(&slot);
+    }
+
+    /// What the programs show; only once.
+    pub(super) fn take_samples(&mut self) -> Option<Samples> {
+        self.samples.take()
     }
 
     pub(super) fn marks(&self) -> Marks {
@@ -320,6 +332,36 @@ impl Maps {
             Ok(Swept { slots: slots.to_vec(), silent: silent.to_vec() })
         };
         read().map_err(failed("read what a sweep found"))
+    }
+}
+
+/// First segments of connections that look like preflights, as far as the programs show them. Readable when there is one.
+pub struct Samples(RingBuf<MapData>);
+
+impl Samples {
+    /// Takes all that are there: the listener, and the segment's bytes.
+    pub fn each(&mut self, mut sample: impl FnMut(ListenerId, &[u8])) {
+        while let Some(item) = self.0.next() {
+            // As `Sample` lies in memory.
+            let Some((listener, rest)) = item.split_first_chunk() else { continue };
+            let Some((length, bytes)) = rest.split_first_chunk() else { continue };
+            let (listener, length) = (u32::from_ne_bytes(*listener), u32::from_ne_bytes(*length));
+            if let (Ok(listener), Some(bytes)) = (u16::try_from(listener), bytes.get(..length as usize)) {
+                sample(ListenerId(listener), bytes);
+            }
+        }
+    }
+}
+
+impl AsRawFd for Samples {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl fmt::Debug for Samples {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Samples").finish()
     }
 }
 

@@ -21,7 +21,7 @@ mod self_test;
 mod steering;
 pub mod sysctl;
 
-pub use maps::{Counts, Marks, Outcomes};
+pub use maps::{Counts, Marks, Outcomes, Samples};
 pub use object::{EmptyProgram, verified_instructions};
 pub use pins::{Detached, detach};
 pub use preflightd_common::abi::{ask, event, fail_open, kind, outcome};

@@ -2,7 +2,8 @@
 //!
 //! On an address of the node, read-only and without anything of policies or denials in detail: `/metrics`, `/healthz`,
 //! `/readyz`. On a Unix socket that only its owner may use: `POST /explain[?listener=NAME]` with the bytes of a request
-//! as the body, and `GET /status`; both answer in JSON.
+//! as the body, `GET /status`, `GET /learned[?host=HOST]`, `POST /learned/purge[?host=HOST]` and `GET /shadow`; all answer
+//! in JSON.
 
 use super::{Metrics, Status};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
@@ -35,6 +36,9 @@ const MAX_CONNECTIONS: usize = 64;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a request to explain.
 const MAX_BODY: usize = 1 << 20;
+
+/// Told to who asks for what was learned.
+const NOTHING_LEARNED: &str = "the daemon learns nothing: name hosts in learn.hosts and restart it\n";
 
 type Answer = Response<Full<Bytes>>;
 
@@ -204,7 +208,53 @@ async fn private(request: Request<Incoming>, status: Arc<Status>) -> Answer {
             Some(refusal) => refusal,
             None => explain(request, &status).await,
         },
-        _ => plain(StatusCode::NOT_FOUND, "There are POST /explain and GET /status.\n"),
+        "/learned" => match wrong_method(&request, &[Method::GET, Method::HEAD]) {
+            Some(refusal) => refusal,
+            None => learned(&request, &status),
+        },
+        "/learned/purge" => match wrong_method(&request, &[Method::POST]) {
+            Some(refusal) => refusal,
+            None => purge(&request, &status),
+        },
+        "/shadow" => match wrong_method(&request, &[Method::GET, Method::HEAD]) {
+            Some(refusal) => refusal,
+            None => shadow(&status),
+        },
+        _ => plain(
+            StatusCode::NOT_FOUND,
+            "There are POST /explain, GET /status, GET /learned, POST /learned/purge and GET /shadow.\n",
+        ),
+    }
+}
+
+/// `host` of the query. A host has no byte that would have to be encoded.
+fn host_of(request: &Request<Incoming>) -> Option<&str> {
+    request.uri().query()?.split('&').find_map(|pair| pair.strip_prefix("host="))
+}
+
+fn learned(request: &Request<Incoming>, status: &Status) -> Answer {
+    match status.ask().and_then(crate::ask::Shared::store) {
+        Some(store) => {
+            json(&store.json(host_of(request), |question| status.listener_name(question.listener)))
+        }
+        None => plain(StatusCode::CONFLICT, NOTHING_LEARNED),
+    }
+}
+
+fn purge(request: &Request<Incoming>, status: &Status) -> Answer {
+    match status.ask().and_then(|ask| ask.purge(host_of(request))) {
+        Some(purged) => json(&serde_json::json!({ "purged": purged })),
+        None => plain(StatusCode::CONFLICT, NOTHING_LEARNED),
+    }
+}
+
+fn shadow(status: &Status) -> Answer {
+    let labels = status.running().labels.clone();
+    match status.ask().and_then(crate::ask::Shared::shadow) {
+        Some(shadow) => json(&shadow.json(&labels, |question| status.listener_name(question.listener))),
+        None => {
+            plain(StatusCode::CONFLICT, "the daemon compares nothing: set shadow.enabled and restart it\n")
+        }
     }
 }
 

@@ -58,6 +58,7 @@ impl Metrics {
             if let Some(state) = status.kubernetes() {
                 kubernetes(&state);
             }
+            asked(status);
             #[cfg(feature = "ebpf")]
             steer(status);
         });
@@ -107,6 +108,38 @@ fn describe() {
         "Relayed connections that ended badly, by cause. `upstream`: refused, unreachable or too slow to connect, a \
          502 each; `overloaded`: more than relay.max_connections, a 503 each; `aborted`: a reset or an I/O error \
          later; `idle`: relay.idle_timeout."
+    );
+    describe_counter!(
+        "preflightd_ask_sampled_total",
+        "Preflights that were shown to the thread that asks the proxy."
+    );
+    describe_counter!(
+        "preflightd_ask_dropped_total",
+        "Preflights that the proxy might have been asked about, and for which there was no room."
+    );
+    describe_counter!(
+        "preflightd_asks_total",
+        "Questions to the proxy, by result: `answered`, or `failed` (it could not be reached, or did not answer in time or \
+         in HTTP/1)."
+    );
+    describe_gauge!(
+        "preflightd_learned_entries",
+        "Questions that are remembered: `known` with an answer that holds, `asked`, and `refused` without one that may be \
+         used."
+    );
+    describe_gauge!("preflightd_learned_entries_limit", "How many of them fit.");
+    describe_counter!(
+        "preflightd_learned_total",
+        "What became of answers of the proxy: `learned`, or why not. `conflict`: two asks had different answers."
+    );
+    describe_counter!(
+        "preflightd_learned_evicted_total",
+        "Entries that had to give way to others: too many at once."
+    );
+    describe_counter!(
+        "preflightd_shadow_compared_total",
+        "Comparisons of our answers with the proxy's, as a browser judges them, by route and result. One with several \
+         differences counts under each. `we_pass` and `ask_failed`: there was nothing to compare."
     );
     #[cfg(feature = "ebpf")]
     describe_steer();
@@ -309,6 +342,42 @@ fn process(status: &Status) {
         "relay" => status.relay_backend.clone()
     )
     .set(1.0);
+}
+
+fn asked(status: &Status) {
+    let Some(ask) = status.ask() else { return };
+    let get = |cell: &std::sync::atomic::AtomicU64| cell.load(Ordering::Relaxed);
+    counter!("preflightd_ask_sampled_total").absolute(get(&ask.counters.sampled));
+    counter!("preflightd_ask_dropped_total").absolute(get(&ask.counters.dropped));
+    counter!("preflightd_asks_total", "result" => "answered").absolute(get(&ask.counters.answered));
+    counter!("preflightd_asks_total", "result" => "failed").absolute(get(&ask.counters.failed));
+    if let Some(store) = ask.store() {
+        let crate::ask::Sizes { known, asked, refused } = store.sizes();
+        for (state, count) in [("known", known), ("asked", asked), ("refused", refused)] {
+            gauge!("preflightd_learned_entries", "state" => state).set(number(count as u64));
+        }
+        gauge!("preflightd_learned_entries_limit").set(number(status.config.learn.max_entries as u64));
+        let (learned, evicted) = store.totals();
+        counter!("preflightd_learned_total", "result" => "learned").absolute(learned);
+        for (result, count) in store.refusals() {
+            counter!("preflightd_learned_total", "result" => result).absolute(count);
+        }
+        counter!("preflightd_learned_evicted_total").absolute(evicted);
+    }
+    let labels = status.running().labels.clone();
+    if let Some(shadow) = ask.shadow() {
+        for (route, result, count) in shadow.counts() {
+            let Some(label) = labels.get(route.0 as usize) else { continue };
+            counter!(
+                "preflightd_shadow_compared_total",
+                "host" => label.host.to_string(),
+                "route" => label.route.to_string(),
+                "policy" => label.policy.to_string(),
+                "result" => result.as_str(),
+            )
+            .absolute(count);
+        }
+    }
 }
 
 #[cfg(feature = "ebpf")]

@@ -43,6 +43,7 @@ pub struct Status {
     draining: AtomicBool,
     running: Mutex<Running>,
     kubernetes: OnceLock<watch::Receiver<Arc<State>>>,
+    ask: OnceLock<Arc<crate::ask::Shared>>,
     #[cfg(feature = "ebpf")]
     steer: Mutex<Option<crate::steer::Report>>,
 }
@@ -130,6 +131,7 @@ impl Status {
             draining: AtomicBool::new(false),
             running: Mutex::new(running),
             kubernetes: OnceLock::new(),
+            ask: OnceLock::new(),
             #[cfg(feature = "ebpf")]
             steer: Mutex::new(None),
         }
@@ -149,6 +151,22 @@ impl Status {
     /// What a reload replaces.
     pub fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread that asks the proxy runs.
+    pub(crate) fn set_ask(&self, ask: Arc<crate::ask::Shared>) {
+        // There is one for each status.
+        let _ = self.ask.set(ask);
+    }
+
+    /// What was learned and compared; `None`: the proxy is not asked.
+    pub(crate) fn ask(&self) -> Option<&crate::ask::Shared> {
+        self.ask.get().map(Arc::as_ref)
+    }
+
+    /// The name of a listener.
+    pub(crate) fn listener_name(&self, listener: ListenerId) -> String {
+        self.config.listeners.get(usize::from(listener.0)).map(|l| l.name.clone()).unwrap_or_default()
     }
 
     /// What steering does at present.

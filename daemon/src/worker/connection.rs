@@ -6,13 +6,18 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    ask::Sampler,
     http::{Head, HeadLimits, HeadReader, error::ErrorResponse},
     policy::{Connection as Persistence, Decision, ListenerId, Preflight, RouteId, Table},
     reason::PassReason,
     telemetry::WorkerStats,
     worker::Serves,
 };
-use std::{cell::Cell, mem, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    mem,
+    time::Duration,
+};
 
 /// Read buffer at first, in bytes: a browser's preflight is about 600. It doubles as a longer head needs it.
 const INPUT: usize = 4096;
@@ -43,6 +48,8 @@ pub(super) struct Context<'a> {
     pub(super) draining: bool,
     /// Answers rendered, to weigh the latency by.
     pub(super) answers: &'a Cell<u64>,
+    /// What preflights are shown to.
+    pub(super) sampler: Option<&'a RefCell<Sampler>>,
 }
 
 /// What the engine must do next.
@@ -395,7 +402,17 @@ fn answer_one(
         headers: &head.headers,
         private_network: head.private_network,
     };
-    let answer = match cx.table.decide(&request) {
+    let decision = cx.table.decide(&request);
+    if let Some(sampler) = cx.sampler {
+        let mut sampler = sampler.borrow_mut();
+        sampler.see(listener, &bytes[..head.len], &decision);
+        if let Decision::Answer(answer) = &decision
+            && sampler.is_shadow()
+        {
+            return One::Pass(PassReason::Shadow, answer.route);
+        }
+    }
+    let answer = match decision {
         Decision::Answer(answer) => answer,
         Decision::Pass(reason, route) => return One::Pass(reason, route),
     };
@@ -486,7 +503,15 @@ mod tests {
 
         fn context(&self) -> Context<'_> {
             let Self { table, stats, draining, answers, .. } = self;
-            Context { table, date: DATE, head: HEAD_LIMITS, stats, draining: *draining, answers }
+            Context {
+                table,
+                date: DATE,
+                head: HEAD_LIMITS,
+                stats,
+                draining: *draining,
+                answers,
+                sampler: None,
+            }
         }
 
         /// The next step; the borrow of the context ends with it.

@@ -1,6 +1,8 @@
 //! The workers: one thread per core, each with its own listening sockets, ring and table.
 
-use crate::{http::HeadLimits, policy::ListenerId, publish::Subscriber, relay, telemetry::WorkerStats};
+use crate::{
+    ask::Sampler, http::HeadLimits, policy::ListenerId, publish::Subscriber, relay, telemetry::WorkerStats,
+};
 use epoll::Epoll;
 use rustix::{
     process::{Resource, getrlimit, setrlimit},
@@ -70,6 +72,8 @@ pub struct WorkerSetup {
     pub relay: Option<relay::Handle>,
     /// Its counters.
     pub stats: Arc<WorkerStats>,
+    /// What it shows its preflights to; `None`: the proxy is not asked.
+    pub sampler: Option<Sampler>,
 }
 
 /// A listening socket of a worker.
@@ -261,7 +265,7 @@ fn run(
     stop: Arc<Stop>,
     started: mpsc::Sender<()>,
 ) -> io::Result<()> {
-    let WorkerSetup { index, cpu, listeners, tables, relay, stats } = setup;
+    let WorkerSetup { index, cpu, listeners, tables, relay, stats, sampler } = setup;
     if let Some(cpu) = cpu {
         let mut set = CpuSet::new();
         set.set(cpu);
@@ -273,7 +277,7 @@ fn run(
         info!(worker = index, %error, "cannot lengthen the worker's time slice: the proxy waits for it a little longer");
     }
     let slots = uring::entries(limits.max_connections, listeners.len());
-    let shared = Shared::new(tables, relay, stats, limits, stop, slots);
+    let shared = Shared::new(tables, relay, stats, limits, stop, slots).with_sampler(sampler);
     // Moved, not borrowed: the starting thread waits until every sender is gone.
     let announce = |started: mpsc::Sender<()>| started.send(()).unwrap_or_default();
     let result = match engine {

@@ -7,6 +7,7 @@ use super::{
     connection::{Context, LINGER, Wait},
 };
 use crate::{
+    ask::Sampler,
     http::{date::imf_fixdate, error::ErrorResponse},
     publish::Subscriber,
     relay::{self, Handoff},
@@ -17,7 +18,7 @@ use rustix::{
     net::SendFlags,
 };
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     collections::VecDeque,
     io, mem,
     os::fd::OwnedFd,
@@ -78,6 +79,7 @@ pub(super) struct Shared {
     pub(super) draining: Option<u64>,
     /// Connections that the worker itself serves.
     pub(super) live: usize,
+    sampler: Option<RefCell<Sampler>>,
     relay: Option<relay::Handle>,
     waiting: VecDeque<(Handoff, u64)>,
     /// Answers rendered and not noted yet.
@@ -121,11 +123,17 @@ impl Shared {
             stop,
             draining: None,
             live: 0,
+            sampler: None,
             relay,
             waiting: VecDeque::new(),
             answers: Cell::new(0),
             latency: Latency { next: FIRST_MEASURED_MS, last: 0, carried: 0 },
         }
+    }
+
+    /// With somebody to show preflights to.
+    pub(super) fn with_sampler(self, sampler: Option<Sampler>) -> Self {
+        Self { sampler: sampler.map(RefCell::new), ..self }
     }
 
     /// For [`super::connection::Connection::advance`].
@@ -138,6 +146,7 @@ impl Shared {
             stats: &self.stats,
             draining: self.draining.is_some(),
             answers: &self.answers,
+            sampler: self.sampler.as_ref(),
         }
     }
 

@@ -75,6 +75,7 @@ impl Site {
             tables: tables.into_iter().next().expect("one"),
             relay: handle,
             stats: Arc::clone(&stats),
+            sampler: None,
         };
         let workers = Workers::start_on(engine, vec![setup], limits).expect("workers");
         Self { engine, address, publisher, stats, workers, upstream: relay }
@@ -564,6 +565,7 @@ fn one_worker_that_cannot_start_stops_all() {
                 tables,
                 relay: None,
                 stats: Arc::new(WorkerStats::new(1)),
+                sampler: None,
             });
         let failed = Workers::start_on(engine, setups.collect(), LIMITS);
         assert_eq!(failed.expect_err("no listener").raw_os_error(), Some(libc::EBADF), "{engine:?}");

@@ -4,8 +4,9 @@
 use super::answer::{Connection, Pieces, Template};
 use super::core::{Core, Methods};
 use super::host::Own;
+use super::learned::Question;
 use super::origin::Origins;
-use super::routes::{CONFLICT, HostEntry, Hosts, Target};
+use super::routes::{CONFLICT, HostEntry, HostHit, Hosts, Target};
 use super::table::Table;
 use super::{ListenerId, OnDenied};
 use ahash::AHashMap;
@@ -14,7 +15,7 @@ use preflightd_common::{
         MAX_FRONT, MAX_MIDDLE, MAX_TAIL, MAX_TEMPLATES, MAX_TERMS, MAX_TEXT, Routes, Rule, Term, Value, ask,
         routes_flags, rule_flags, term,
     },
-    decide::{Decide, decide, verdict},
+    decide::{self, Decide, verdict},
     head,
     preflight::Scan,
     words::{Buffer, LOOKED_AT},
@@ -108,7 +109,9 @@ fn asked_words(why: u32) -> &'static str {
         ask::UnknownHost => "its host is not in the kernel's table",
         ask::LongPath => "its host has longer paths than the kernel compares",
         ask::Regex => "its host has regular expressions",
-        ask::Rules => "its policy echoes what was asked for, or depends on the method",
+        ask::Rules => {
+            "its policy echoes what was asked for, or depends on the method, or its answer was learned"
+        }
         ask::Origin => "its origin is too long, or matches by a rule that the kernel does not know",
         ask::Method => "its method is an unusual one",
         ask::Names => "its requested headers are not as browsers write them",
@@ -164,7 +167,7 @@ impl KernelTable {
         buffer[..bytes.len()].copy_from_slice(bytes);
         let head = head::read(&mut buffer, bytes.len() as u32)?;
         let found = |term: &Term| self.terms.get(term).copied();
-        Ok(decide(0, u32::from(listener.0), &buffer, &head, found))
+        Ok(decide::decide(0, u32::from(listener.0), &buffer, &head, found))
     }
 }
 
@@ -201,6 +204,7 @@ impl Table {
                     build.add(term::LISTENER, u32::from(id.0), b"", value);
                 }
                 build.listener(id, own, hosts);
+                build.learned(id, own, hosts);
             }
             if build.made.terms.len() > MAX_TERMS as usize / 2
                 || build.made.templates.len() > MAX_TEMPLATES as usize / 2
@@ -313,6 +317,47 @@ impl<'t> Build<'t> {
             self.made.summary.paths += usize::from(self.add(kind, routes.host, path, rule.value()));
         });
         self.made.summary.hosts += usize::from(self.add(kind, of, text, routes.value()));
+    }
+
+    /// Marks the questions to which an answer was learned as a worker's, and all else on their paths as the proxy's. A worker
+    /// that cannot answer turns its client away: so only the very bytes of a question count, as browsers write it.
+    fn learned(&mut self, id: ListenerId, own: &Own, hosts: &Hosts) {
+        let Some(learned) = self.table.learned() else { return };
+        let of = u32::from(id.0);
+        for question in learned.questions().filter(|question| question.listener == id) {
+            let Question { target, method, origin, headers, host: named, .. } = question;
+            let path = question.path();
+            let mut buffer = None;
+            let Some(host) = own.parse(question.host_name().as_bytes(), &mut buffer) else { continue };
+            let Some(key) = key(term::HOST, of, host.name).filter(|_| path.len() < MAX_TEXT as usize) else {
+                continue;
+            };
+            let mut routes = match (self.made.terms.get(&key), hosts.find(&host, false)) {
+                // Where policies share a path by method, or a pattern has the host, too much would be the proxy's.
+                (_, Some((entry, hit))) if hit != HostHit::Exact || hosts.is_by_method(entry) => continue,
+                (Some(known), _) => Routes::of(known),
+                (None, _) => {
+                    self.sets.entries += 1;
+                    Routes { host: self.sets.entries - 1, ..Routes::default() }
+                }
+            };
+            if routes.flags & routes_flags::REGEX != 0 {
+                continue;
+            }
+            let label = learned.label(id, host.name, host.literal.is_some()).unwrap_or_default();
+            routes.exact |= 1 << path.len();
+            self.made.terms.insert(key, routes.value());
+            if let Some(key) = self::key(term::PATH, routes.host, path.as_bytes()) {
+                let rule = Rule { flags: rule_flags::LEARNED, label: label.0, ..Rule::default() };
+                self.made.summary.paths += usize::from(self.made.terms.insert(key, rule.value()).is_none());
+            }
+            let [target, method, origin, headers, named] =
+                [target, method, origin, headers, named].map(|t| t.as_bytes());
+            let mut text = [0; MAX_TEXT as usize / 8];
+            text[0] = decide::question(of, target, method, origin, headers, named);
+            let question = Term { kind: term::LEARNED, of: routes.host, text, ..Term::default() };
+            self.made.terms.insert(question, Value::default());
+        }
     }
 
     /// Says of the policies that share a path by method that they are not wholly the kernel's.

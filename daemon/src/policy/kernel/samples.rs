@@ -42,6 +42,24 @@ fn native(cors: &native::Cors) -> Rules {
     Rules::Native(native::validate(cors).0.expect("valid"))
 }
 
+/// A table with a plain policy for `/declared` of these hosts.
+pub(crate) fn declared(hosts: &[&str]) -> Table {
+    let listener = ListenerSpec {
+        id: LISTENER,
+        name: "web".into(),
+        own_literals: Vec::new(),
+        loopback_is_own: true,
+        public_ports: Vec::new(),
+    };
+    let cors = native::Cors {
+        origins: strings(&["https://app.example"]),
+        methods: strings(&["PUT"]),
+        ..native::Cors::default()
+    };
+    let policies = [policy("declared", hosts, &["/declared"], native(&cors))];
+    Table::compile(&[listener], &policies, &mut RouteLabels::new(10), 1).0
+}
+
 /// The table of everything.
 pub(crate) fn table(public_ports: &[u16]) -> Table {
     let listener = ListenerSpec {

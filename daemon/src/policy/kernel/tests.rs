@@ -3,9 +3,11 @@
 use super::samples::{self, LISTENER, Numbers};
 use super::{KernelTable, Tier};
 use crate::http::{Head, HeadLimits, HeadReader};
-use crate::policy::{Decision, Preflight, Table};
+use crate::policy::learned::{Answers, Learnable, Learned, Question};
+use crate::policy::{Decision, HostPattern, Preflight, RouteLabels, Table};
 use preflightd_common::abi::{ask, outcome};
 use preflightd_common::decide::verdict;
+use std::sync::Arc;
 
 const DATE: &[u8; 29] = b"Sun, 06 Nov 1994 08:49:37 GMT";
 const LIMIT: usize = 16_384;
@@ -201,4 +203,63 @@ fn what_does_not_fit_is_no_table_at_all() {
     let kernel = table.for_kernel(&[LISTENER]);
     assert!(kernel.terms.is_empty() && kernel.templates.is_empty());
     assert!(kernel.summary.too_large.is_some_and(|why| why.contains("do not fit")));
+}
+
+/// What was learned is a worker's, to the byte; all else of its paths is the proxy's at once.
+#[test]
+fn the_kernel_asks_a_worker_for_what_was_learned_and_for_nothing_else() {
+    const A: &str = "https://a.example";
+    const NAMES: &str = "Access-Control-Request-Headers: content-type,x-a\r\n";
+    let request = |host: &str, target: &str, origin: &str, method: &str, headers: &str| {
+        format!(
+            "OPTIONS {target} HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nAccess-Control-Request-Method: \
+             {method}\r\n{headers}\r\n"
+        )
+        .into_bytes()
+    };
+    let hosts = ["learned.test", "free.test"].map(|host| HostPattern::Exact(host.to_owned()));
+    let learnable = Learnable::new(&[], &hosts, &mut RouteLabels::new(1000));
+    let known = [
+        ("free.test:8080", "/v1/cart?q=12345678", A, "PUT", NAMES),
+        ("free.test", "/", A, "PURGE", ""),
+        ("learned.test", "/beside", A, "GET", ""),
+    ];
+    let learned = known.map(|(host, target, origin, method, headers)| {
+        let names: [&[u8]; 1] = [b"content-type,x-a"];
+        let question = Question::of(&Preflight {
+            listener: LISTENER,
+            host: host.as_bytes(),
+            target: target.as_bytes(),
+            origin: origin.as_bytes(),
+            method: method.as_bytes(),
+            headers: if headers.is_empty() { &[] } else { &names },
+            private_network: false,
+        });
+        let lines = [("Access-Control-Allow-Origin".to_owned(), "*".to_owned())];
+        Arc::new(Learned::new(Arc::new(question.expect("a question")), true, &lines))
+    });
+    let answers = Arc::new(Answers::new(Arc::new(learnable), learned.into()));
+    let table = samples::declared(&["learned.test"]).with_learned(2, Some(answers));
+    let kernel = table.for_kernel(&[LISTENER]);
+    for (host, target, origin, method, headers) in known {
+        let bytes = request(host, target, origin, method, headers);
+        assert_eq!(kernel.tier(LISTENER, &bytes, LIMIT), Tier::Worker(ask::Rules), "{host}{target}");
+        assert!(by_worker(&table, &bytes).is_some(), "{host}{target}");
+    }
+    let cart = "/v1/cart?q=12345678";
+    for (name, bytes) in [
+        ("another port", request("free.test", cart, A, "PUT", NAMES)),
+        ("another query", request("free.test:8080", "/v1/cart?q=12345679", A, "PUT", NAMES)),
+        ("no query", request("free.test:8080", "/v1/cart", A, "PUT", NAMES)),
+        ("another origin", request("free.test:8080", cart, "https://b.example", "PUT", NAMES)),
+        ("another method", request("free.test:8080", cart, A, "DELETE", NAMES)),
+        ("no names", request("free.test:8080", cart, A, "PUT", "")),
+        ("another path", request("free.test", "/other", A, "PUT", NAMES)),
+        ("another path beside a policy", request("learned.test", "/other", A, "GET", "")),
+    ] {
+        assert_eq!(kernel.tier(LISTENER, &bytes, LIMIT), Tier::Proxy, "{name}");
+        assert!(by_worker(&table, &bytes).is_none(), "{name}");
+    }
+    let declared = request("learned.test", "/declared", "https://app.example", "PUT", "");
+    assert!(matches!(check(&table, &kernel, &declared), Tier::Kernel(_)), "policies go before");
 }

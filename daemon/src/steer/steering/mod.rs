@@ -22,7 +22,7 @@ use preflightd_common::{
 use super::{
     Counts, Error, Marks, firewall,
     interfaces::{Interface, Routes},
-    maps::{Maps, words},
+    maps::{Maps, Samples, words},
     netns::Netns,
     object::{self, Fitted, Sizes},
     pins::Pins,
@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     config::{Engage, Firewall, Steer, SteerMode},
-    policy::{HostPattern, ListenerId, PolicySpec, Table},
+    policy::{HostPattern, ListenerId, PolicySpec, Table, learned},
     worker::listen,
 };
 use answers::Answers;
@@ -61,6 +61,8 @@ const SWEEP_PRESSED: Duration = Duration::from_secs(1);
 const SWEEP_SHARE: u32 = 500;
 /// Cookies that each CPU checks in a second while entries are being evicted.
 const COOKIE_BUDGET: u32 = 1000;
+/// Preflights that each CPU shows in a second at most.
+const SAMPLES: u32 = 64;
 /// Pairs of address and port: half of what fits, for while they are replaced the old and the new ones are there, and the
 /// self-test's.
 const ROOM: usize = MAX_SERVED as usize / 2 - 1;
@@ -102,6 +104,10 @@ pub struct Steering {
     attached: BTreeMap<u32, Attached>,
     program: &'static str,
     engaged: bool,
+    /// Preflights are shown to whoever asks the proxy.
+    shows: bool,
+    /// Nothing is deferred, for nothing is answered.
+    shadow: bool,
     /// `None`: not yet.
     tested: Option<std::result::Result<(), String>>,
     sockets: Vec<(u32, OwnedFd)>,
@@ -229,6 +235,8 @@ impl Steering {
             attached: BTreeMap::new(),
             program,
             engaged: false,
+            shows: false,
+            shadow: false,
             tested: None,
             sockets: Vec::new(),
             obstacles: Vec::new(),
@@ -255,6 +263,19 @@ impl Steering {
             pending: Occupancy::default(),
             told: None,
         })
+    }
+
+    /// Has the programs show preflights (see [`Steering::shown`]); `shadow`: and defer nothing.
+    #[must_use]
+    pub fn showing(self, shows: bool, shadow: bool) -> Self {
+        Self { shows, shadow, ..self }
+    }
+
+    /// The preflights that the programs show, and the namespace that the proxy is in. `None`: they show none, or somebody
+    /// has them already.
+    pub fn shown(&mut self) -> Option<(Netns, Samples)> {
+        let samples = self.maps.take_samples().filter(|_| self.shows)?;
+        Some((self.netns.clone(), samples))
     }
 
     /// Makes the listening sockets of the workers, in the served namespace: for each worker those of all services.
@@ -354,7 +375,12 @@ impl Steering {
         }
         // Whatever becomes of the hosts: what the kernel answers must not stay as it was.
         let answers = self.set_answers(table);
-        let beyond = self.maps.set_hosts(&hosts(&self.services, policies))?;
+        let mut hosts = hosts(&self.services, policies);
+        // Where the kernel has no table, a worker would get all preflights of these hosts, and turn most of them away.
+        if self.options.kernel_answers {
+            hosts.extend(table.learned().into_iter().flat_map(|learned| learned_hosts(learned)));
+        }
+        let beyond = self.maps.set_hosts(&hosts)?;
         if beyond > 0 {
             tracing::warn!(hosts = beyond, "more hosts than fit: the proxy answers the preflights of these");
         }
@@ -520,6 +546,10 @@ impl Steering {
             return vec!["another daemon or `preflightd detach` has taken the eBPF programs over".to_owned()];
         }
         let mut reasons = Vec::new();
+        if self.shadow && self.options.mode == SteerMode::Steer {
+            reasons
+                .push("shadow mode: the proxy answers everything, and its answers are compared".to_owned());
+        }
         if self.options.mode == SteerMode::Steer {
             reasons.extend(self.cannot_steer.clone());
             if self.sysctls.syncookies == 0 {
@@ -582,7 +612,7 @@ impl Steering {
     fn apply(&mut self) -> Result<()> {
         let state = match self.options.mode {
             SteerMode::Off => state::OFF,
-            SteerMode::Steer if self.may_defer() => state::DEFER,
+            SteerMode::Steer if !self.shadow && self.may_defer() => state::DEFER,
             SteerMode::Observe | SteerMode::Steer => state::OBSERVE,
         };
         let sysctls = &self.sysctls;
@@ -599,6 +629,13 @@ impl Steering {
             generation: self.answers.generation(),
             second: self.answers.second(),
             max_head: self.answers.max_head(),
+            // Where nothing is answered anyway, the proxy need not be asked.
+            samples: if self.shows && (self.shadow || self.options.mode == SteerMode::Steer) {
+                SAMPLES
+            } else {
+                0
+            },
+            zero: 0,
         };
         self.serve()?;
         self.config = config;
@@ -767,6 +804,15 @@ fn hosts(services: &[Service], policies: &[PolicySpec]) -> HashSet<Host> {
         }
     }
     hosts
+}
+
+/// The hosts of learned answers.
+fn learned_hosts(learned: &learned::Answers) -> impl Iterator<Item = Host> {
+    learned.questions().map(|question| Host {
+        hash: HostHash::of(question.host_name().as_bytes()),
+        listener: u32::from(question.listener.0),
+        kind: host_kind::EXACT,
+    })
 }
 
 /// Those that open a connection, and those that the kernel answers later on one.
