@@ -66,6 +66,7 @@ pub(super) fn run(args: &Run) -> Result<(), Failure> {
     log::init(&config.log, args.log_level.as_deref())?;
     log_findings(&loaded.diagnostics);
     files.paths.clone_from(&loaded.files);
+    loaded.config = Some(config.clone());
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -264,7 +265,7 @@ async fn control(files: Files, config: Config, table: Table, work: Work) -> io::
                 daemon.steered.reloaded(&reloaded.policies, &reloaded.table, reloaded.steer.as_ref());
             },
             () = interfaces.changed() => daemon.steered.changed(),
-            _ = ticks.tick() => if let Err(e) = daemon.tick(&status) {
+            _ = ticks.tick() => if let Err(e) = daemon.tick(&status).and_then(|()| reloader.is_well()) {
                 break Err(e);
             }
         }
@@ -477,6 +478,10 @@ impl Kubernetes {
         self.state.clone()
     }
 
+    fn has_ended(&self) -> bool {
+        self.state.as_ref().is_some_and(|state| state.has_changed().is_err())
+    }
+
     /// Waits until there is something to compile.
     async fn changed(&mut self) {
         let Some(state) = &mut self.state else { return std::future::pending().await };
@@ -521,6 +526,8 @@ struct Reloader {
     running: Option<JoinHandle<Reload>>,
     /// Once more after the one that runs; true: reading the files.
     again: Option<bool>,
+    /// Nothing can be reloaded any more: why.
+    broken: Option<String>,
     /// What was learned, as it changes; `None`: nothing is.
     learned: Option<watch::Receiver<Option<Arc<Answers>>>>,
     /// The policies that run.
@@ -565,6 +572,7 @@ impl Reloader {
             generation: 1,
             running: None,
             again: None,
+            broken: None,
             learned,
             policies,
         };
@@ -618,6 +626,16 @@ impl Reloader {
         }
     }
 
+    /// An error if changes are not followed any more: policies would stay as they are, whatever is said.
+    fn is_well(&self) -> io::Result<()> {
+        let broken = self.broken.clone().or_else(|| {
+            self.kubernetes.has_ended().then(|| "the thread that reads Kubernetes has ended".to_owned())
+        });
+        broken.map_or(Ok(()), |why| {
+            Err(io::Error::other(format!("{why}: the daemon ends, so that it can be started anew")))
+        })
+    }
+
     /// Other answers were learned, or hold no longer: the same policies with these.
     fn learned(&mut self) -> Reloaded {
         let (table, labels, sources) = {
@@ -664,8 +682,8 @@ impl Reloader {
         let reload = match reload {
             Ok(reload) => reload,
             Err(e) => {
-                // Never again: the labels are lost with it. What runs, runs on.
-                error!("a reload broke off, and policies stay as they are until a restart: {e}");
+                // The labels are lost with it, and nothing would ever change again.
+                self.broken = Some(format!("a reload broke off: {e}"));
                 return None;
             }
         };
@@ -756,7 +774,7 @@ fn reload(
     };
     let specs = status.config.listener_specs();
     let (table, found) = loaded.compile_all(&specs, &policies, &mut work.labels, generation);
-    if read.is_some() {
+    if read.is_some() || table.is_none() {
         log_findings(&loaded.diagnostics);
         log_findings(&found);
     }
@@ -772,7 +790,7 @@ fn reload(
         sources: Arc::new(explain::sources(&policies)),
         policies,
         findings,
-        steer: Some(steer),
+        steer: read.is_some().then_some(steer),
     };
     (Ok(reloaded), read)
 }

@@ -826,6 +826,9 @@ fn check_numbers(root: &raw::Root, problems: &mut Vec<Problem>) {
             problems.push(Problem::error("out-of-range", at, message, format!("use {least} to {most}")));
         }
     };
+    let (stale, resync) = (root.kubernetes.stale_after.as_secs(), root.kubernetes.resync.as_secs());
+    range("kubernetes", "stale_after", stale as usize, 1, 366 * 86_400);
+    range("kubernetes", "resync", resync as usize, 60, 366 * 86_400);
     range("workers", "count", root.workers.count, 0, 1024);
     range("limits", "max_head_bytes", root.limits.max_head_bytes, 1024, 1 << 20);
     range("limits", "max_connections", root.limits.max_connections, 1, 1 << 20);

@@ -25,4 +25,5 @@ pub use labels::{RouteId, RouteLabels};
 pub use spec::{
     Finding, HostPattern, ListenerId, ListenerSpec, OnDenied, PathMatch, PolicySpec, Severity, SourceRef,
 };
+pub(crate) use table::is_host_pattern;
 pub use table::{Decision, Described, NoTrace, Preflight, Table, Trace};

@@ -391,6 +391,8 @@ fn intern_routes(policies: &[PolicySpec], labels: &mut RouteLabels) -> Vec<Vec<T
 
 /// Hosts and paths that can never match a request that is answered here.
 fn check_patterns(number: u32, policy: &PolicySpec, findings: &mut Reports<'_>) {
+    // What somebody wrote in an object must not refuse what all others wrote.
+    let of_file = if policy.source.is_file() { Severity::Error } else { Severity::Warning };
     for (i, host) in policy.hosts.iter().enumerate() {
         let valid = match host {
             HostPattern::Any => true,
@@ -403,7 +405,7 @@ fn check_patterns(number: u32, policy: &PolicySpec, findings: &mut Reports<'_>) 
             findings.add(
                 number,
                 Finding {
-                    severity: Severity::Error,
+                    severity: of_file,
                     code: "host-invalid",
                     field: "hosts",
                     item: Some(i),
@@ -416,7 +418,7 @@ fn check_patterns(number: u32, policy: &PolicySpec, findings: &mut Reports<'_>) 
     for (i, path) in policy.paths.iter().enumerate() {
         let (PathMatch::Exact(text) | PathMatch::Prefix(text)) = path else { continue };
         let (severity, code, message, help) = if !text.starts_with('/') {
-            (Severity::Error, "path-relative", "does not begin with a slash", "Write it from the root on.")
+            (of_file, "path-relative", "does not begin with a slash", "Write it from the root on.")
         } else if text.contains("//")
             || text.split('/').any(|segment| matches!(segment, "." | ".."))
             || text.bytes().any(|b| matches!(b, b'%' | b'\\' | b';' | b'?' | b'#') || !b.is_ascii_graphic())
@@ -445,7 +447,7 @@ fn check_patterns(number: u32, policy: &PolicySpec, findings: &mut Reports<'_>) 
 }
 
 /// Whether a `Host` can equal this once it is lower-cased and stripped of its port.
-fn is_host_pattern(name: &str) -> bool {
+pub(crate) fn is_host_pattern(name: &str) -> bool {
     let mut buffer = None;
     parse_name(name.as_bytes(), &mut buffer).is_some_and(|host| host.name == name.as_bytes())
 }
@@ -478,6 +480,10 @@ fn compile_hosts(
     let mut troubles = Vec::new();
     let mut note = |host: &HostPattern, troubles: &mut Vec<Trouble<'_>>| {
         for trouble in troubles.drain(..) {
+            let passes = |policy: u32| policies[policy as usize].passes.is_some();
+            if matches!(trouble, Trouble::Clash { first, second, .. } if passes(first) && passes(second)) {
+                continue;
+            }
             let (policy, finding) = report(host, &trouble, policies);
             findings.add(policy, finding);
         }
@@ -523,7 +529,8 @@ fn report(host: &HostPattern, trouble: &Trouble<'_>, policies: &[PolicySpec]) ->
             (*second, finding)
         }
         Trouble::Regex { pattern, policy, reason } => {
-            let native = matches!(policies[*policy as usize].rules, Rules::Native(_));
+            let of = &policies[*policy as usize];
+            let native = matches!(of.rules, Rules::Native(_)) && of.source.is_file() && of.passes.is_none();
             let finding = Finding {
                 severity: if native { Severity::Error } else { Severity::Warning },
                 code: "regex-unsupported",

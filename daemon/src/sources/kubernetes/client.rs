@@ -18,6 +18,7 @@ use futures_util::StreamExt as _;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{
     Api, Client,
+    client::ClientBuilder,
     core::{DeserializeGuard, DynamicResourceScope},
     runtime::{
         WatchStreamExt as _,
@@ -29,14 +30,19 @@ use serde::Deserialize;
 use std::{
     borrow::Cow,
     fmt, io,
-    sync::Arc,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
     thread,
     time::{Duration, Instant},
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
+    task::JoinSet,
     time::{MissedTickBehavior, interval, sleep_until, timeout},
 };
+use tower_layer::Layer;
+use tower_service::Service;
 use tracing::{info, warn};
 
 /// Changes are awaited this long after one, and in all so long, before everything is resolved anew.
@@ -45,8 +51,6 @@ const LATEST: Duration = Duration::from_millis(200);
 /// How often the server is asked whether it is there, and how long it may take.
 const ASK: Duration = Duration::from_secs(15);
 const ANSWER: Duration = Duration::from_secs(5);
-/// A watch that has failed is well again if it has not failed anew for so long: a longer time than the longest pause.
-const WELL: Duration = Duration::from_secs(25);
 /// Between attempts.
 const SHORTEST: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_secs(10);
@@ -113,13 +117,11 @@ pub fn list(kubernetes: &Kubernetes) -> Result<World, Error> {
         .build()
         .map_err(|e| Error(format!("cannot start a runtime: {e}")))?;
     runtime.block_on(async {
-        let client = connect(kubernetes).await?;
+        let client = connect(kubernetes, &Seen::default()).await?;
         let mut world = World::default();
         macro_rules! all {
             ($name:ident) => {
-                for api in apis::<$name>(&client, kubernetes) {
-                    list_kind::<$name>(&api, kubernetes, &mut world).await?;
-                }
+                list_kind::<$name>(&api(&client), &mut world).await?;
             };
         }
         for_each_kind!(all);
@@ -127,15 +129,8 @@ pub fn list(kubernetes: &Kubernetes) -> Result<World, Error> {
     })
 }
 
-async fn list_kind<K: Kind>(
-    api: &Api<DeserializeGuard<Wire<K>>>,
-    kubernetes: &Kubernetes,
-    world: &mut World,
-) -> Result<(), Error> {
+async fn list_kind<K: Kind>(api: &Api<DeserializeGuard<Wire<K>>>, world: &mut World) -> Result<(), Error> {
     let mut params = kube::api::ListParams::default().limit(PAGE);
-    if let Some(selector) = selector::<K>(kubernetes) {
-        params = params.labels(&selector);
-    }
     loop {
         let page = match api.list(&params).await {
             Ok(page) => page,
@@ -153,7 +148,7 @@ async fn list_kind<K: Kind>(
 }
 
 /// How the server is reached.
-async fn connect(kubernetes: &Kubernetes) -> Result<Client, Error> {
+async fn connect(kubernetes: &Kubernetes, seen: &Seen) -> Result<Client, Error> {
     let options = kube::config::KubeConfigOptions {
         context: (!kubernetes.context.is_empty()).then(|| kubernetes.context.clone()),
         ..Default::default()
@@ -175,7 +170,9 @@ async fn connect(kubernetes: &Kubernetes) -> Result<Client, Error> {
     let mut config = config.map_err(Error)?;
     config.connect_timeout = Some(ANSWER);
     config.read_timeout = Some(SILENCE);
-    Client::try_from(config).map_err(|e| Error(format!("cannot make a client for the API server: {e}")))
+    let client = ClientBuilder::try_from(config)
+        .map_err(|e| Error(format!("cannot make a client for the API server: {e}")))?;
+    Ok(client.with_layer(seen).build())
 }
 
 /// An object as the server sends it.
@@ -276,19 +273,61 @@ fn add<K: Kind>(world: &mut World, guard: DeserializeGuard<Wire<K>>) {
     put(world, found(guard));
 }
 
-fn apis<K: Kind>(client: &Client, kubernetes: &Kubernetes) -> Vec<Api<DeserializeGuard<Wire<K>>>> {
-    // The Gateways, and what allows to refer to them, may be anywhere.
-    let everywhere = !K::NAMESPACED || matches!(K::KIND, "Gateway" | "ReferenceGrant");
-    if everywhere || kubernetes.namespaces.is_empty() {
-        return vec![Api::all_with(client.clone(), &())];
-    }
-    kubernetes.namespaces.iter().map(|name| Api::namespaced_with(client.clone(), name, &())).collect()
+/// Objects of all namespaces: what is not wanted has its hosts and paths all the same.
+fn api<K: Kind>(client: &Client) -> Api<DeserializeGuard<Wire<K>>> {
+    Api::all_with(client.clone(), &())
 }
 
-/// Routes and Ingresses are chosen by label, what they refer to is not.
-fn selector<K: Kind>(kubernetes: &Kubernetes) -> Option<String> {
-    let chosen = matches!(K::KIND, "HTTPRoute" | "Ingress") && !kubernetes.label_selector.is_empty();
-    chosen.then(|| kubernetes.label_selector.clone())
+/// When the server has begun to answer a request well, by its path.
+#[derive(Clone, Debug, Default)]
+struct Seen(Arc<Mutex<AHashMap<String, Instant>>>);
+
+impl Seen {
+    fn since(&self, path: &str, when: Instant) -> bool {
+        let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.get(path).is_some_and(|at| *at > when)
+    }
+}
+
+/// Notes which requests are answered: a watch that goes on after an error says nothing until something changes.
+impl<S> Layer<S> for Seen {
+    type Service = Noting<S>;
+    fn layer(&self, inner: S) -> Noting<S> {
+        Noting { inner, seen: self.clone() }
+    }
+}
+
+/// A client that notes in [`Seen`].
+#[derive(Clone, Debug)]
+struct Noting<S> {
+    inner: S,
+    seen: Seen,
+}
+
+impl<S, B, R> Service<http::Request<B>> for Noting<S>
+where
+    S: Service<http::Request<B>, Response = http::Response<R>>,
+    S::Future: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let (path, seen) = (request.uri().path().to_owned(), self.seen.clone());
+        let answer = self.inner.call(request);
+        Box::pin(async move {
+            let answer = answer.await?;
+            if answer.status().is_success() {
+                seen.0.lock().unwrap_or_else(PoisonError::into_inner).insert(path, Instant::now());
+            }
+            Ok(answer)
+        })
+    }
 }
 
 fn is_absent(error: &kube::Error) -> bool {
@@ -320,8 +359,8 @@ enum Told {
     Failed(Stream, String),
 }
 
-/// A watch: its kind, and its number among those of the kind.
-type Stream = (&'static str, usize);
+/// A watch: its kind.
+type Stream = &'static str;
 
 /// Pauses between attempts: twice as long each time, a little different for each of us.
 struct Pauses(Duration);
@@ -344,22 +383,14 @@ impl Backoff for Pauses {
     }
 }
 
-/// Watches one kind, in one namespace or everywhere, for ever; lists it anew every `resync`.
-async fn follow<K: Kind>(
-    api: Api<DeserializeGuard<Wire<K>>>,
-    namespace: Option<Arc<str>>,
-    stream: Stream,
-    kubernetes: Arc<Kubernetes>,
-    tell: mpsc::Sender<Told>,
-) {
+/// Watches one kind for ever; lists it anew every `resync`.
+async fn follow<K: Kind>(api: Api<DeserializeGuard<Wire<K>>>, resync: Duration, tell: mpsc::Sender<Told>) {
+    let stream = K::KIND;
     loop {
-        let mut config = watcher::Config::default().timeout(WATCH).page_size(PAGE);
-        if let Some(selector) = selector::<K>(&kubernetes) {
-            config = config.labels(&selector);
-        }
+        let config = watcher::Config::default().timeout(WATCH).page_size(PAGE);
         let mut events = watcher::watcher(api.clone(), config).backoff(Pauses(SHORTEST)).boxed();
         let mut listed: Vec<Found<K>> = Vec::new();
-        let until = tokio::time::Instant::now() + kubernetes.resync;
+        let until = tokio::time::Instant::now() + resync;
         loop {
             let event = tokio::select! {
                 event = events.next() => event,
@@ -376,8 +407,8 @@ async fn follow<K: Kind>(
                     continue;
                 }
                 Some(Ok(Event::InitDone)) => {
-                    let (all, namespace) = (std::mem::take(&mut listed), namespace.clone());
-                    let change = move |world: &mut World| replace(world, all, namespace.as_deref());
+                    let all = std::mem::take(&mut listed);
+                    let change = move |world: &mut World| replace(world, all);
                     if tell.send(Told::Change(Box::new(change))).await.is_err() {
                         return;
                     }
@@ -399,9 +430,7 @@ async fn follow<K: Kind>(
                     }))
                 }
                 Some(Err(watcher::Error::InitialListFailed(error))) if is_absent(&error) => {
-                    let namespace = namespace.clone();
-                    let change =
-                        move |world: &mut World| replace::<K>(world, Vec::new(), namespace.as_deref());
+                    let change = move |world: &mut World| replace::<K>(world, Vec::new());
                     if tell.send(Told::Change(Box::new(change))).await.is_err() {
                         return;
                     }
@@ -416,13 +445,11 @@ async fn follow<K: Kind>(
     }
 }
 
-/// Puts a whole list in the place of what was there before, of a namespace or of all.
-fn replace<K: Kind>(world: &mut World, all: Vec<Found<K>>, namespace: Option<&str>) -> bool {
-    let within = |key: &Key| namespace.is_none_or(|namespace| *key.namespace == *namespace);
-    let mut gone: Store<K> =
-        K::of(world).iter().filter(|(key, _)| within(key)).map(|(k, o)| (k.clone(), o.clone())).collect();
+/// Puts a whole list in the place of what was there before.
+fn replace<K: Kind>(world: &mut World, all: Vec<Found<K>>) -> bool {
+    let mut gone: Store<K> = K::of(world).clone();
     let before = world.unreadable.len();
-    world.unreadable.retain(|(kind, key), _| *kind != K::KIND || !within(key));
+    world.unreadable.retain(|(kind, _), _| *kind != K::KIND);
     let mut changed = before != world.unreadable.len();
     for found in all {
         let key = match &found {
@@ -448,8 +475,9 @@ struct Trouble {
 /// The source's own task.
 async fn serve(kubernetes: Kubernetes, settings: Settings, tell: watch::Sender<Arc<State>>) {
     let mut state = State::default();
+    let seen = Seen::default();
     let client = loop {
-        match connect(&kubernetes).await {
+        match connect(&kubernetes, &seen).await {
             Ok(client) => break client,
             Err(error) => {
                 if state.failing.is_empty() {
@@ -462,17 +490,17 @@ async fn serve(kubernetes: Kubernetes, settings: Settings, tell: watch::Sender<A
         }
     };
     state.failing.clear();
-    let kubernetes = Arc::new(kubernetes);
     let (sender, mut told) = mpsc::channel(1024);
     let mut waiting: Vec<Stream> = Vec::new();
+    let mut paths = AHashMap::new();
+    // Whatever ends of these ends all: half of the objects mean something else than all of them.
+    let mut tasks = JoinSet::new();
     macro_rules! watch {
         ($name:ident) => {
-            for (number, api) in apis::<$name>(&client, &kubernetes).into_iter().enumerate() {
-                let stream = ($name::KIND, number);
-                let namespace = api.namespace().map(Arc::from);
-                waiting.push(stream);
-                tokio::spawn(follow::<$name>(api, namespace, stream, kubernetes.clone(), sender.clone()));
-            }
+            let api = api::<$name>(&client);
+            waiting.push($name::KIND);
+            paths.insert($name::KIND, api.resource_url().to_owned());
+            tasks.spawn(follow::<$name>(api, kubernetes.resync, sender.clone()));
         };
     }
     for_each_kind!(watch);
@@ -482,21 +510,26 @@ async fn serve(kubernetes: Kubernetes, settings: Settings, tell: watch::Sender<A
         settings,
         stale_after: kubernetes.stale_after,
         waiting,
+        seen,
+        paths,
         troubles: AHashMap::new(),
         absent: Vec::new(),
         answered: None,
         state,
         tell,
         teller: kubernetes.events.then(|| events::Teller::start(client.clone())),
+        untold: false,
     };
     let (alive, mut lives) = mpsc::channel(1);
-    tokio::spawn(async move {
+    tasks.spawn(async move {
+        // Asks for something that it must look up, with our own rights: not only whether anybody is there.
+        let api = api::<Namespace>(&client);
+        let one = kube::api::ListParams::default().limit(1);
         let mut ticks = interval(ASK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            let answer = timeout(ANSWER, client.apiserver_version()).await;
-            let result = match answer {
+            let result = match timeout(ANSWER, api.list(&one)).await {
                 Ok(Ok(_)) => Ok(()),
                 Ok(Err(error)) => Err(words(&error)),
                 Err(_) => Err("it does not answer in time".to_owned()),
@@ -521,6 +554,7 @@ async fn serve(kubernetes: Kubernetes, settings: Settings, tell: watch::Sender<A
                 }
             }
             Some(alive) = lives.recv() => source.alive(alive),
+            Some(_) = tasks.join_next() => return,
             () = async { match at { Some(at) => sleep_until(at).await, None => std::future::pending().await } } => {
                 due = None;
                 source.resolve();
@@ -538,6 +572,9 @@ struct Watched {
     stale_after: Duration,
     /// Not listed yet.
     waiting: Vec<Stream>,
+    /// What was answered, by paths; and those of the watches.
+    seen: Seen,
+    paths: AHashMap<Stream, String>,
     troubles: AHashMap<Stream, Trouble>,
     absent: Vec<Stream>,
     /// When the server answered the last time, with anything.
@@ -545,6 +582,8 @@ struct Watched {
     state: State,
     tell: watch::Sender<Arc<State>>,
     teller: Option<events::Teller>,
+    /// Findings that may not have been told.
+    untold: bool,
 }
 
 impl Watched {
@@ -570,7 +609,7 @@ impl Watched {
                 self.arrived(stream)
             }
             Told::Failed(stream, why) => {
-                let (kind, _) = stream;
+                let kind = stream;
                 match self.state.failures.iter_mut().find(|(known, _)| *known == kind) {
                     Some((_, count)) => *count += 1,
                     None => self.state.failures.push((kind, 1)),
@@ -592,7 +631,7 @@ impl Watched {
 
     /// Takes the answer to whether the server is there.
     fn alive(&mut self, alive: Result<(), String>) {
-        const SERVER: Stream = ("server", 0);
+        const SERVER: Stream = "server";
         match alive {
             Ok(()) => {
                 self.answered = Some(Instant::now());
@@ -608,12 +647,16 @@ impl Watched {
     }
 
     fn tick(&mut self) {
+        if self.untold
+            && let Some(teller) = &mut self.teller
+        {
+            self.untold = !teller.tell(&self.state.findings);
+        }
         let now = Instant::now();
         let answers = self.answered.is_some_and(|at| now.duration_since(at) < 2 * ASK + ANSWER);
-        // A watch that goes on after an error says nothing until something changes.
-        self.troubles.retain(|(kind, _), trouble| {
-            *kind == "server" || !answers || now.duration_since(trouble.last) < WELL
-        });
+        let (seen, paths) = (&self.seen, &self.paths);
+        self.troubles
+            .retain(|stream, trouble| !paths.get(stream).is_some_and(|path| seen.since(path, trouble.last)));
         if answers && self.troubles.is_empty() && self.waiting.is_empty() {
             self.state.fresh = Some(now);
         }
@@ -641,10 +684,8 @@ impl Watched {
             self.state.fresh = Some(start);
         }
         if self.state.findings[..] != findings[..] {
-            if let Some(teller) = &self.teller {
-                teller.tell(&findings);
-            }
             self.state.findings = findings.into();
+            self.untold = true;
         }
         if first || !same(&self.state.policies, &policies) {
             self.state.policies = policies.into();
@@ -663,12 +704,10 @@ impl Watched {
 
     fn publish(&mut self) {
         self.state.objects = self.world.counts();
-        let failing = self.troubles.iter().map(|((kind, _), trouble)| (*kind, trouble.why.clone()));
+        let failing = self.troubles.iter().map(|(kind, trouble)| (*kind, trouble.why.clone()));
         self.state.failing = failing.collect();
         self.state.failing.sort();
-        self.state.failing.dedup_by_key(|(kind, _)| *kind);
-        self.state.absent = self.absent.iter().map(|(kind, _)| *kind).collect();
-        self.state.absent.dedup();
+        self.state.absent.clone_from(&self.absent);
         self.tell.send_replace(Arc::new(self.state.clone()));
     }
 }

@@ -28,22 +28,17 @@ const MAX_NOTE: usize = 1024;
 
 /// Writes events, slowly.
 #[derive(Debug)]
-pub(super) struct Teller(mpsc::Sender<Noted>);
+pub(super) struct Teller {
+    wanted: mpsc::Sender<(String, Noted)>,
+    told: AHashSet<String>,
+}
 
 impl Teller {
     /// Begins. Belongs to the tokio runtime that it is called in.
     pub(super) fn start(client: Client) -> Self {
-        let (sender, mut wanted) = mpsc::channel::<Noted>(WAITING);
+        let (sender, mut wanted) = mpsc::channel::<(String, Noted)>(WAITING);
         tokio::spawn(async move {
-            let mut told = AHashSet::new();
-            while let Some(noted) = wanted.recv().await {
-                if told.len() > 100 * WAITING {
-                    told.clear();
-                }
-                let name = name(&noted);
-                if noted.uid.is_empty() || !told.insert(name.clone()) {
-                    continue;
-                }
+            while let Some((name, noted)) = wanted.recv().await {
                 let namespace = match &*noted.object.key.namespace {
                     "" => "default",
                     namespace => namespace,
@@ -58,16 +53,25 @@ impl Teller {
                 tokio::time::sleep(PAUSE).await;
             }
         });
-        Self(sender)
+        Self { wanted: sender, told: AHashSet::new() }
     }
 
-    /// Writes those of the findings that were not written yet; what does not fit is left out until the next time.
-    pub(super) fn tell(&self, findings: &[Noted]) {
-        for noted in findings {
-            if self.0.try_send(noted.clone()).is_err() {
-                return;
-            }
+    /// Writes those of the findings that were not written yet; false: some do not fit now, and should be told again.
+    pub(super) fn tell(&mut self, findings: &[Noted]) -> bool {
+        if self.told.len() > 100 * WAITING {
+            self.told.clear();
         }
+        for noted in findings.iter().filter(|noted| !noted.uid.is_empty()) {
+            let name = name(noted);
+            if self.told.contains(&name) {
+                continue;
+            }
+            if self.wanted.try_send((name.clone(), noted.clone())).is_err() {
+                return false;
+            }
+            self.told.insert(name);
+        }
+        true
     }
 }
 

@@ -15,7 +15,12 @@ pub fn to_toml(policies: &[Imported]) -> String {
     for policy in policies {
         let spec = &policy.spec;
         // Writing to a string cannot fail.
-        let _ = writeln!(out, "# {}{}", policy.object, policy.spec.passes.map(why).unwrap_or_default());
+        let _ = writeln!(
+            out,
+            "# {}{}",
+            policy.object.to_string().escape_debug(),
+            policy.spec.passes.map(why).unwrap_or_default()
+        );
         out += "[[policy]]\n";
         line(&mut out, "name", spec.name.as_str());
         line(&mut out, "hosts", strings(spec.hosts.iter().map(ToString::to_string)));
