@@ -7,7 +7,10 @@ use crate::{
     http::HeadLimits,
     policy::{HostPattern, ListenerId, ListenerSpec, PolicySpec, RouteLabels, Table},
     relay::{self, ProxyProtocol, RelayLimits, Upstream},
-    sources::kubernetes::resolve::{self, GatewayDialect, Imported, Scope},
+    sources::kubernetes::{
+        objects::LabelSelector,
+        resolve::{self, GatewayDialect, Imported, Scope},
+    },
     worker::{ConnectionLimits, EngineChoice},
 };
 use serde::Deserialize;
@@ -287,9 +290,9 @@ pub struct Kubernetes {
     pub kubeconfig: String,
     /// A context of it; empty: the current one.
     pub context: String,
-    /// Only objects of these namespaces; empty: of all.
+    /// HTTPRoutes and Ingresses of other namespaces pass; empty: of none.
     pub namespaces: Vec<String>,
-    /// Only HTTPRoutes and Ingresses with these labels; empty: all.
+    /// HTTPRoutes and Ingresses without these labels pass; empty: none.
     #[serde(deserialize_with = "raw::label_selector")]
     pub label_selector: String,
     /// Only Gateways of these classes; empty: of all.
@@ -660,6 +663,8 @@ impl Config {
         resolve::Settings {
             gateway_classes: self.kubernetes.gateway_classes.clone(),
             ingress_classes: self.kubernetes.ingress_classes.clone(),
+            namespaces: self.kubernetes.namespaces.clone(),
+            labels: LabelSelector::parse(&self.kubernetes.label_selector).unwrap_or_default(),
             dialects: self.kubernetes.dialects.clone(),
             assume,
             listeners: scopes.collect(),

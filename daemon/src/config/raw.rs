@@ -468,10 +468,9 @@ impl FromText for Selector {
     type Value = String;
     const EXPECTED: &'static str = "labels in quotes, such as \"team=shop,tier!=test\"";
     fn from_text(text: &str) -> Result<String, String> {
-        let fits = |c: char| c.is_ascii_alphanumeric() || "-._/=!,() ".contains(c);
-        if !text.chars().all(fits) {
+        if let Err(part) = crate::sources::kubernetes::objects::LabelSelector::parse(text) {
             return Err(format!(
-                "`{text}` is no selector of labels\nwrite it as for `kubectl get -l`, such as \"team=shop,tier!=test\""
+                "`{part}` selects no labels\nwrite it as for `kubectl get -l`, such as \"team=shop,tier!=test\""
             ));
         }
         Ok(text.trim().to_owned())

@@ -6,8 +6,9 @@
 use super::{
     events,
     objects::{
-        Gateway, GatewayClass, GlooTrafficPolicy, HttpRoute, Ingress, IngressClass, Key, Kind, Meta,
-        Namespace, Object, ReferenceGrant, Store, TrafficPolicy, World, for_each_kind,
+        Gateway, GatewayClass, GlooTrafficPolicy, GrpcRoute, HttpRoute, Ingress, IngressClass, Key, Kind,
+        ListenerSet, Meta, Namespace, Object, ReferenceGrant, Store, TrafficPolicy, World, XListenerSet,
+        for_each_kind,
     },
     resolve::{Import, Imported, Resolver, Settings},
     state::State,

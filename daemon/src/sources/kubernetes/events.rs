@@ -4,8 +4,8 @@
 
 use super::{
     objects::{
-        Gateway, GatewayClass, GlooTrafficPolicy, HttpRoute, Ingress, IngressClass, Kind, Namespace,
-        ReferenceGrant, TrafficPolicy, for_each_kind,
+        Gateway, GatewayClass, GlooTrafficPolicy, GrpcRoute, HttpRoute, Ingress, IngressClass, Kind,
+        ListenerSet, Namespace, ReferenceGrant, TrafficPolicy, XListenerSet, for_each_kind,
     },
     resolve::Noted,
 };

@@ -1,8 +1,8 @@
 //! Objects from files, as `kubectl` takes and prints them: YAML or JSON, several documents, lists.
 
 use super::objects::{
-    Gateway, GatewayClass, GlooTrafficPolicy, HttpRoute, Ingress, IngressClass, Namespace, ReferenceGrant,
-    TrafficPolicy,
+    Gateway, GatewayClass, GlooTrafficPolicy, GrpcRoute, HttpRoute, Ingress, IngressClass, ListenerSet,
+    Namespace, ReferenceGrant, TrafficPolicy, XListenerSet,
 };
 use super::objects::{Key, Kind, Manifest, World, for_each_kind};
 use serde::Deserialize as _;

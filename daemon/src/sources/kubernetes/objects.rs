@@ -117,6 +117,12 @@ pub struct World {
     pub gateways: Store<Gateway>,
     /// HTTPRoutes.
     pub http_routes: Store<HttpRoute>,
+    /// GRPCRoutes.
+    pub grpc_routes: Store<GrpcRoute>,
+    /// ListenerSets.
+    pub listener_sets: Store<ListenerSet>,
+    /// XListenerSets.
+    pub x_listener_sets: Store<XListenerSet>,
     /// ReferenceGrants.
     pub reference_grants: Store<ReferenceGrant>,
     /// kgateway's TrafficPolicies.
@@ -184,6 +190,14 @@ kinds! {
     Gateway: "Gateway", "gateway.networking.k8s.io", "v1", "gateways", true, GatewaySpec, Nothing, gateways;
     /// Routes.
     HttpRoute: "HTTPRoute", "gateway.networking.k8s.io", "v1", "httproutes", true, HttpRouteSpec, RouteStatus, http_routes;
+    /// Routes of gRPC: their hosts are not those of HTTPRoutes.
+    GrpcRoute: "GRPCRoute", "gateway.networking.k8s.io", "v1", "grpcroutes", true, HostsSpec, Nothing, grpc_routes;
+    /// Listeners that others add to a Gateway.
+    ListenerSet: "ListenerSet", "gateway.networking.k8s.io", "v1", "listenersets", true,
+        ListenerSetSpec, Nothing, listener_sets;
+    /// The same, before it was stable.
+    XListenerSet: "XListenerSet", "gateway.networking.x-k8s.io", "v1alpha1", "xlistenersets", true,
+        ListenerSetSpec, Nothing, x_listener_sets;
     /// Who may refer to what in another namespace.
     ReferenceGrant: "ReferenceGrant", "gateway.networking.k8s.io", "v1beta1", "referencegrants", true,
         ReferenceGrantSpec, Nothing, reference_grants;
@@ -261,7 +275,7 @@ pub struct RouteKind {
 }
 
 /// `metav1.LabelSelector`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LabelSelector {
     #[serde(deserialize_with = "or_default")]
@@ -271,7 +285,7 @@ pub struct LabelSelector {
 }
 
 /// `matchExpressions[]`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LabelExpression {
     pub key: String,
@@ -281,6 +295,54 @@ pub struct LabelExpression {
 }
 
 impl LabelSelector {
+    /// Reads what `kubectl get -l` takes, such as `team=shop,tier notin (test, dev),!old`.
+    ///
+    /// # Errors
+    /// The part that cannot be read.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut depth = 0;
+        let parts = text.split(|c| {
+            depth += i32::from(c == '(') - i32::from(c == ')');
+            c == ',' && depth == 0
+        });
+        let expression = |key: &str, operator: &str, values: &str| {
+            let values: Vec<String> = values
+                .split(',')
+                .map(|value| value.trim().to_owned())
+                .filter(|value| !value.is_empty())
+                .collect();
+            LabelExpression { key: key.trim().to_owned(), operator: operator.to_owned(), values }
+        };
+        let mut match_expressions = Vec::new();
+        for part in parts.map(str::trim).filter(|part| !part.is_empty()) {
+            let set = |word: &str| {
+                let (key, rest) = part.split_once(word)?;
+                Some((key, rest.trim().strip_prefix('(')?.strip_suffix(')')?))
+            };
+            let made = if let Some((key, values)) = set(" notin ") {
+                expression(key, "NotIn", values)
+            } else if let Some((key, values)) = set(" in ") {
+                expression(key, "In", values)
+            } else if let Some((key, value)) = part.split_once("!=") {
+                expression(key, "NotIn", value)
+            } else if let Some((key, value)) = part.split_once("==").or_else(|| part.split_once('=')) {
+                expression(key, "In", value)
+            } else if let Some(key) = part.strip_prefix('!') {
+                expression(key, "DoesNotExist", "")
+            } else {
+                expression(part, "Exists", "")
+            };
+            let plain = |text: &String| {
+                text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/'))
+            };
+            if made.key.is_empty() || !plain(&made.key) || !made.values.iter().all(plain) {
+                return Err(part.to_owned());
+            }
+            match_expressions.push(made);
+        }
+        Ok(Self { match_expressions, ..Self::default() })
+    }
+
     /// Whether labels match (`k8s.io/apimachinery/pkg/labels`); `None`: an operator that is not known.
     pub fn matches(&self, labels: &BTreeMap<String, String>) -> Option<bool> {
         let mut all = self.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value));
@@ -297,6 +359,25 @@ impl LabelSelector {
         }
         Some(all)
     }
+}
+
+/// `GRPCRoute.spec`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HostsSpec {
+    #[serde(deserialize_with = "or_default")]
+    pub parent_refs: Vec<ParentRef>,
+    #[serde(deserialize_with = "or_default")]
+    pub hostnames: Vec<String>,
+}
+
+/// `ListenerSet.spec`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ListenerSetSpec {
+    pub parent_ref: ParentRef,
+    #[serde(deserialize_with = "or_default")]
+    pub listeners: Vec<GatewayListener>,
 }
 
 /// `HTTPRoute.spec`.

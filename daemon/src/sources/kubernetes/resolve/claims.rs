@@ -2,7 +2,8 @@
 
 use super::{Imported, ObjectName, Outcome, Resolver};
 use crate::policy::{HostPattern, ListenerId, PathMatch, PolicySpec, SourceRef, dialect::Rules};
-use ahash::AHashMap;
+use crate::reason::PassReason;
+use ahash::{AHashMap, AHashSet};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -24,7 +25,11 @@ struct Group {
 /// Everything that is claimed.
 #[derive(Debug, Default)]
 pub(super) struct Claims {
-    groups: BTreeMap<Group, BTreeMap<HostPattern, BTreeSet<PathMatch>>>,
+    /// Proxies: a port of a Gateway, or a controller of Ingresses; their names, and our listeners before them.
+    proxies: Vec<(String, Vec<ListenerId>)>,
+    claims: Vec<(usize, Group, HostPattern, PathMatch)>,
+    /// Hosts of a proxy that another one may have, too.
+    shared: AHashSet<(usize, HostPattern)>,
 }
 
 /// Who claims, and where.
@@ -32,11 +37,26 @@ pub(super) struct Claims {
 pub(super) struct Claim<'a> {
     pub(super) object: &'a ObjectName,
     pub(super) rule: usize,
-    pub(super) listeners: &'a [ListenerId],
+    /// Of [`Claims::proxy`].
+    pub(super) proxy: usize,
     pub(super) one_label: bool,
 }
 
+/// What a proxy does with a host: by path and methods.
+type Ways<'a> = BTreeMap<(&'a PathMatch, &'a [String]), Outcome>;
+
 impl Claims {
+    /// A proxy that claims.
+    pub(super) fn proxy(&mut self, name: String, listeners: &[ListenerId]) -> usize {
+        self.proxies.push((name, listeners.to_vec()));
+        self.proxies.len() - 1
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.claims.len()
+    }
+
     /// Claims a path of a host, for these methods or all.
     pub(super) fn add(
         &mut self,
@@ -51,26 +71,62 @@ impl Claims {
             rule: claim.rule,
             outcome,
             methods: methods.to_vec(),
-            listeners: claim.listeners.to_vec(),
+            listeners: self.proxies[claim.proxy].1.clone(),
             one_label: claim.one_label,
         };
-        let hosts = self.groups.entry(group).or_default();
-        match hosts.get_mut(host) {
-            Some(paths) => {
-                paths.insert(path);
-            }
-            None => {
-                hosts.insert(host.clone(), BTreeSet::from([path]));
+        self.claims.push((claim.proxy, group, host.clone(), path));
+    }
+
+    /// Finds the hosts that several proxies may have on one listener of ours, unless all of them do the same there. Their
+    /// claims pass from now on. Returns one object of each, the host, and the proxies' names.
+    pub(super) fn find_shared(&mut self) -> Vec<(ObjectName, HostPattern, Vec<String>)> {
+        if self.proxies.len() < 2 {
+            return Vec::new();
+        }
+        let mut hosts: Vec<BTreeMap<&HostPattern, (&ObjectName, Ways<'_>)>> =
+            vec![BTreeMap::new(); self.proxies.len()];
+        for (proxy, group, host, path) in &self.claims {
+            let (_, ways) = hosts[*proxy].entry(host).or_insert_with(|| (&group.object, Ways::new()));
+            ways.insert((path, &group.methods), group.outcome);
+        }
+        let meet = |a: &[ListenerId], b: &[ListenerId]| {
+            a.is_empty() || b.is_empty() || a.iter().any(|listener| b.contains(listener))
+        };
+        let (mut shared, mut told) = (AHashSet::new(), Vec::new());
+        for (a, of_a) in hosts.iter().enumerate() {
+            for (b, of_b) in hosts.iter().enumerate() {
+                if a == b || !meet(&self.proxies[a].1, &self.proxies[b].1) {
+                    continue;
+                }
+                for (host, (object, ways)) in of_a {
+                    let contested = match of_b.get(host) {
+                        Some((_, others)) => ways != others,
+                        None => broader(host).iter().any(|wider| of_b.contains_key(wider)),
+                    };
+                    if contested && shared.insert((a, (*host).clone())) {
+                        let names = vec![self.proxies[a].0.clone(), self.proxies[b].0.clone()];
+                        told.push(((*object).clone(), (*host).clone(), names));
+                    }
+                }
             }
         }
+        self.shared = shared;
+        told
     }
 
     /// The policies, with hosts together that have the same paths.
     pub(super) fn policies(self, resolver: &Resolver) -> Vec<Imported> {
         let mut of_object: AHashMap<ObjectName, usize> = AHashMap::new();
-        let mut made: Vec<(Group, Vec<HostPattern>, BTreeSet<PathMatch>)> =
-            Vec::with_capacity(self.groups.len());
-        for (group, hosts) in self.groups {
+        let mut groups: BTreeMap<Group, BTreeMap<HostPattern, BTreeSet<PathMatch>>> = BTreeMap::new();
+        for (proxy, mut group, host, path) in self.claims {
+            if self.shared.contains(&(proxy, host.clone())) {
+                group.outcome = Outcome::Pass(PassReason::Conflict);
+                group.methods.clear();
+            }
+            groups.entry(group).or_default().entry(host).or_default().insert(path);
+        }
+        let mut made: Vec<(Group, Vec<HostPattern>, BTreeSet<PathMatch>)> = Vec::with_capacity(groups.len());
+        for (group, hosts) in groups {
             let mut by_paths: BTreeMap<BTreeSet<PathMatch>, Vec<HostPattern>> = BTreeMap::new();
             for (host, paths) in hosts {
                 by_paths.entry(paths).or_default().push(host);
@@ -78,7 +134,7 @@ impl Claims {
             *of_object.entry(group.object.clone()).or_default() += by_paths.len();
             made.extend(by_paths.into_iter().map(|(paths, hosts)| (group.clone(), hosts, paths)));
         }
-        let mut given: AHashMap<String, usize> = AHashMap::new();
+        let mut given: AHashSet<String> = AHashSet::new();
         let mut policies: Vec<Imported> = made
             .into_iter()
             .map(|(group, hosts, paths)| {
@@ -87,11 +143,11 @@ impl Claims {
                 if of_object[object] > 1 {
                     name = format!("{name}.{}", group.rule);
                 }
-                let times = given.entry(name.clone()).or_default();
-                *times += 1;
-                if *times > 1 {
-                    name = format!("{name}-{times}");
+                if given.contains(&name) {
+                    let numbered = (2..).map(|number| format!("{name}-{number}"));
+                    name = numbered.into_iter().find(|name| !given.contains(name)).unwrap_or(name);
                 }
+                given.insert(name.clone());
                 policy(resolver, group, name, hosts, paths)
             })
             .collect();
@@ -112,7 +168,7 @@ fn policy(
         Outcome::Answer(number) => (None, Some(&resolver.known[number])),
     };
     let rules = known.and_then(|known| known.rules.clone());
-    let passes = passes.or(rules.is_none().then_some(crate::reason::PassReason::Unsupported));
+    let passes = passes.or(rules.is_none().then_some(PassReason::Unsupported));
     Imported {
         spec: PolicySpec {
             name,
@@ -129,4 +185,16 @@ fn policy(
         cors: known.filter(|_| passes.is_none()).map(|known| Arc::clone(&known.cors)),
         object: group.object,
     }
+}
+
+/// The patterns that have all that this one has, and more.
+pub(super) fn broader(host: &HostPattern) -> Vec<HostPattern> {
+    let (name, from) = match host {
+        HostPattern::Any => return Vec::new(),
+        HostPattern::Exact(name) => (name, 0),
+        // Its own suffix begins with a dot.
+        HostPattern::Wildcard(suffix) => (suffix, 1),
+    };
+    let dots = name.bytes().enumerate().skip(from).filter(|(_, b)| *b == b'.');
+    dots.map(|(at, _)| HostPattern::Wildcard(name[at..].to_owned())).chain([HostPattern::Any]).collect()
 }

@@ -129,8 +129,7 @@ impl<'w> Attached<'w> {
             }
             for target in &policy.spec.target_selectors {
                 let has = |meta: &Meta| {
-                    *meta.namespace == **namespace
-                        && (target.name.is_empty() || target.name == meta.name)
+                    (target.name.is_empty() || target.name == meta.name)
                         && target.match_labels.iter().all(|(k, v)| meta.labels.get(k) == Some(v))
                 };
                 let routes = world.http_routes.iter().filter(|(_, o)| has(&o.meta)).map(|(key, _)| key);
@@ -217,6 +216,15 @@ impl<'w> Attached<'w> {
             named.chain(targets.iter().filter(|(_, s)| s.is_none())).map(|(number, _)| *number).collect();
         for number in of_route.iter().chain(&of_gateway) {
             let policy = &self.policies[*number];
+            // Which policies reach into other namespaces is a setting of kgateway's own.
+            let global = *policy.object.key.namespace != *route.meta.namespace
+                && policy.object.key.namespace != gateway.namespace;
+            let reorders = policy.meta.annotations.contains_key("kgateway.dev/policy-weight");
+            if global || reorders {
+                let what = if global { "targetSelectors" } else { "metadata" };
+                made.unmodelled = Some((policy.object.clone(), what.to_owned()));
+                return made;
+            }
             let field = policy.spec.others.iter().find(|field| !MODELLED.contains(&field.as_str()));
             if let Some(field) = field.cloned().or_else(|| policy.refused.then(|| "status".to_owned())) {
                 made.unmodelled = Some((policy.object.clone(), field));

@@ -8,11 +8,12 @@ mod ingress;
 mod kgateway;
 mod routes;
 
-use super::objects::{Key, Kind, Meta, World};
+use super::objects::{Ingress, Key, Kind, LabelSelector, Meta, World};
 use crate::{
     policy::{
         Finding, HostPattern, ListenerId, OnDenied, PathMatch, PolicySpec, Severity,
         dialect::{Rules, envoy, gateway_api, ingress_nginx},
+        is_host_pattern,
     },
     reason::PassReason,
 };
@@ -27,6 +28,10 @@ pub struct Settings {
     pub gateway_classes: Vec<String>,
     /// Names of IngressClasses; empty: all of ingress-nginx.
     pub ingress_classes: Vec<String>,
+    /// Only HTTPRoutes and Ingresses of these namespaces are answered for; empty: of all.
+    pub namespaces: Vec<String>,
+    /// The same by their labels.
+    pub labels: LabelSelector,
     /// The dialect of a GatewayClass, by its name or its controller's.
     pub dialects: BTreeMap<String, GatewayDialect>,
     /// Of manifests: Gateways, classes and statuses that are not there are taken to be as their users need them.
@@ -61,15 +66,17 @@ pub enum GatewayDialect {
     Ignore,
 }
 
-/// Domains of controllers that program Envoy's CORS filter.
-const ENVOYS: &[&str] = &["kgateway.dev", "solo.io", "envoyproxy.io", "istio.io"];
+/// Controllers that program Envoy's CORS filter, beside kgateway.
+const ENVOYS: &[&str] = &["gateway.envoyproxy.io/gatewayclass-controller", "istio.io/gateway-controller"];
+
+/// Whether kgateway's policies hold on a controller's Gateways. (`kgateway.dev/agentgateway` is another proxy.)
+fn is_kgateway(controller: &str) -> bool {
+    matches!(controller, "kgateway" | "kgateway.dev/kgateway" | "solo.io/gloo-gateway")
+}
 
 /// The dialect of a controller that is known.
 pub fn dialect_of_controller(controller: &str) -> GatewayDialect {
-    let (domain, _) = controller.split_once('/').unwrap_or((controller, ""));
-    if controller == "kgateway"
-        || ENVOYS.iter().any(|known| domain == *known || domain.ends_with(&format!(".{known}")))
-    {
+    if ENVOYS.contains(&controller) || is_kgateway(controller) {
         GatewayDialect::Envoy
     } else {
         GatewayDialect::Unknown
@@ -191,6 +198,9 @@ struct Run<'a> {
     resolver: &'a mut Resolver,
     claims: Claims,
     findings: Vec<Noted>,
+    /// An object of the Gateways' kinds, or of the Ingresses', cannot be read: nothing of these is answered then, for nobody
+    /// knows which hosts and paths it has.
+    unreadable: (bool, bool),
 }
 
 impl Resolver {
@@ -200,14 +210,28 @@ impl Resolver {
         if self.known.len() > 2 * (world.http_routes.len() + world.ingresses.len()) + 1024 {
             *self = Self::default();
         }
-        let mut run =
-            Run { world, settings, resolver: self, claims: Claims::default(), findings: Vec::new() };
+        let mut run = Run {
+            world,
+            settings,
+            resolver: self,
+            claims: Claims::default(),
+            findings: Vec::new(),
+            unreadable: (false, false),
+        };
         run.unreadable();
         run.routes();
         run.lint_policies();
         run.ingresses();
-        let Run { claims, findings, .. } = run;
-        let policies = claims.policies(self);
+        run.shared_hosts();
+        let Run { claims, findings, unreadable, .. } = run;
+        let mut policies = claims.policies(self);
+        for policy in &mut policies {
+            let hidden = if policy.object.kind == Ingress::KIND { unreadable.1 } else { unreadable.0 };
+            if hidden && policy.spec.passes.is_none() {
+                policy.spec.passes = Some(PassReason::Unsupported);
+                policy.cors = None;
+            }
+        }
         Import { policies, findings }
     }
 
@@ -282,10 +306,13 @@ impl Run<'_> {
         }
     }
 
-    /// What could not be read leaves its hosts to the proxy; nothing else is known of it.
+    /// What could not be read: nothing else is known of it.
     fn unreadable(&mut self) {
         for ((kind, key), error) in &self.world.unreadable {
             let object = ObjectName { kind, key: key.clone() };
+            let of_ingresses = matches!(*kind, "Ingress" | "IngressClass");
+            self.unreadable.0 |= !of_ingresses;
+            self.unreadable.1 |= of_ingresses || *kind == "Namespace";
             let meta =
                 Meta { name: key.name.to_string(), namespace: key.namespace.to_string(), ..Meta::default() };
             self.note(
@@ -293,10 +320,38 @@ impl Run<'_> {
                 &meta,
                 "",
                 (Severity::Error, "object-unreadable"),
-                format!("cannot be read, and so is as if it were not there: {error}"),
-                "Write it as its schema says; while it stands so, check what else serves its hosts.",
+                format!(
+                    "cannot be read, so which hosts and paths it has is not known: nothing is answered beside it: {error}"
+                ),
+                "Write it as its schema says, or delete it.",
             );
         }
+    }
+
+    /// Notes hosts that several proxies have on one listener of ours.
+    fn shared_hosts(&mut self) {
+        for (object, host, names) in self.claims.find_shared() {
+            self.note(
+                &object,
+                &Meta::default(),
+                "",
+                (Severity::Warning, "host-shared"),
+                format!(
+                    "{} both have hosts like {host} on one listener, and which of them gets a request is not known here: its \
+                     preflights go to the proxy",
+                    names.join(" and ")
+                ),
+                "Say in the listeners' `gateways` and `ingress_classes` which is before which.",
+            );
+        }
+    }
+
+    /// Whether an object is to be answered for. What is not has its hosts and paths all the same.
+    fn is_selected(&self, meta: &Meta) -> bool {
+        let Settings { namespaces, labels, .. } = self.settings;
+        (namespaces.is_empty() || namespaces.contains(&meta.namespace))
+            && labels.matches(&meta.labels).unwrap_or(false)
+            && !opted_out(self.world, meta)
     }
 
     /// Our listeners that have this before them; empty: all of them. `None`: none has.
@@ -331,6 +386,9 @@ fn host_pattern(text: &str) -> Option<HostPattern> {
             && l.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
     };
     if name.len() > 253 || !name.split('.').all(label) {
+        return None;
+    }
+    if !is_host_pattern(name) {
         return None;
     }
     Some(if wildcard { HostPattern::Wildcard(format!(".{name}")) } else { HostPattern::Exact(host) })

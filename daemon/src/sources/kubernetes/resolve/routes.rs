@@ -6,15 +6,15 @@
 use super::{
     Cors, GatewayDialect, ObjectName, Outcome, Run, always_passes,
     claims::Claim,
-    dialect_of_controller, element_prefix, host_pattern,
+    dialect_of_controller, element_prefix, host_pattern, is_kgateway,
     kgateway::{self, Attached, Level},
-    name_of, opted_out,
+    name_of,
 };
 use crate::{
     policy::{HostPattern, ListenerId, PathMatch, Severity, dialect::gateway_api},
     reason::PassReason,
     sources::kubernetes::objects::{
-        BackendRef, Filter, Gateway, GatewayListener, HttpRoute, Key, Object, ParentRef, RouteMatch,
+        BackendRef, Filter, Gateway, GatewayListener, HttpRoute, Key, Meta, Object, ParentRef, RouteMatch,
         RouteRule,
     },
 };
@@ -28,6 +28,17 @@ const GROUP: &str = "gateway.networking.k8s.io";
 /// What `maxAge` is where a filter does not say: the schema's default, which the API server writes into each object.
 const DEFAULT_MAX_AGE: i32 = 5;
 
+/// Kinds of backends that have requests for themselves.
+const BACKENDS: &[(&str, &str)] = &[
+    ("", "Service"),
+    ("gateway.kgateway.dev", "Backend"),
+    ("inference.networking.k8s.io", "InferencePool"),
+    ("multicluster.x-k8s.io", "ServiceImport"),
+];
+/// So many patterns, and matches of rules, of one host are followed; with more of them the host passes.
+const MAX_PATTERNS: usize = 16;
+const MAX_CANDIDATES: usize = 4096;
+
 /// Listeners of a Gateway that share a port, and so the hosts.
 struct Port {
     gateway: ObjectName,
@@ -38,6 +49,8 @@ struct Port {
     /// Hostnames of its listeners; one is [`HostPattern::Any`] if it has none.
     hostnames: Vec<HostPattern>,
     hosts: BTreeMap<HostPattern, Vec<Hung>>,
+    /// Hosts that objects have of which no more is read.
+    foreign: BTreeSet<HostPattern>,
 }
 
 /// A route on a host of a port.
@@ -65,6 +78,8 @@ struct Candidate {
     rule: usize,
     outcome: Outcome,
     backend: u64,
+    /// A prefix that is written with a slash at its end.
+    slash: bool,
 }
 
 /// What a walk through candidates ends with.
@@ -83,16 +98,17 @@ impl Run<'_> {
         let mut routes: Vec<&Arc<Object<HttpRoute>>> = world.http_routes.values().collect();
         routes.sort_by(|a, b| {
             let key = |route: &Object<HttpRoute>| route.meta.creation_timestamp.clone();
-            key(a).cmp(&key(b)).then_with(|| a.key().cmp(&b.key()))
+            key(a).cmp(&key(b)).then_with(|| a.key().to_string().cmp(&b.key().to_string()))
         });
         let attached = Attached::of(world);
         let mut ports = self.ports(&attached);
         for (number, route) in routes.iter().enumerate() {
-            self.hang(number, route, &mut ports, &attached);
+            self.hang(number, route, &mut ports);
         }
+        self.foreign(&mut ports);
         let mut judged = AHashMap::new();
-        for port in ports.into_values() {
-            self.port(&port, &routes, &attached, &mut judged);
+        for (number, port) in &ports {
+            self.port(number, port, &routes, &attached, &mut judged);
         }
         for route in &routes {
             self.lint_route(route);
@@ -104,12 +120,9 @@ impl Run<'_> {
         let mut ports = BTreeMap::new();
         for (key, gateway) in &self.world.gateways {
             let Some((dialect, kgateway)) = self.dialect(gateway) else { continue };
-            for listener in gateway.spec.listeners.iter().filter(|l| l.protocol == "HTTP") {
-                let Some(hostname) = host_pattern(listener.hostname.as_deref().unwrap_or("")) else {
-                    continue;
-                };
-                let whole = key.to_string();
-                let section = format!("{key}/{}", listener.name);
+            let plain = || gateway.spec.listeners.iter().filter(|listener| listener.protocol == "HTTP");
+            for listener in plain() {
+                let (whole, section) = (key.to_string(), format!("{key}/{}", listener.name));
                 let Some(ours) = self.listeners(|scope| {
                     scope.gateways.iter().any(|wanted| *wanted == whole || *wanted == section)
                 }) else {
@@ -120,18 +133,21 @@ impl Run<'_> {
                     dialect,
                     kgateway,
                     listeners: ours.clone(),
-                    hostnames: Vec::new(),
+                    // Also those of listeners that are not ours: they have their hosts' requests.
+                    hostnames: plain()
+                        .filter(|other| other.port == listener.port)
+                        .filter_map(|other| host_pattern(other.hostname.as_deref().unwrap_or("")))
+                        .collect(),
                     hosts: BTreeMap::new(),
+                    foreign: BTreeSet::new(),
                 });
-                if !port.listeners.is_empty() {
-                    port.listeners.extend(ours.iter().copied());
+                if ours.is_empty() {
+                    port.listeners.clear();
+                } else if !port.listeners.is_empty() {
+                    port.listeners.extend(ours);
                     port.listeners.sort_unstable();
                     port.listeners.dedup();
-                    if ours.is_empty() {
-                        port.listeners.clear();
-                    }
                 }
-                port.hostnames.push(hostname);
             }
         }
         // Of manifests: Gateways that routes name and that are not among them.
@@ -151,6 +167,7 @@ impl Run<'_> {
                             listeners: Vec::new(),
                             hostnames: vec![HostPattern::Any],
                             hosts: BTreeMap::new(),
+                            foreign: BTreeSet::new(),
                         });
                     if kgateway && port.dialect == GatewayDialect::Unknown {
                         (port.dialect, port.kgateway) = (GatewayDialect::Envoy, true);
@@ -184,19 +201,13 @@ impl Run<'_> {
         {
             dialect = assumed;
         }
-        let kgateway = controller.contains("kgateway") || controller.contains("solo.io");
+        let kgateway = is_kgateway(controller);
         (dialect != GatewayDialect::Ignore)
             .then_some((dialect, kgateway || class.is_none() && dialect == GatewayDialect::Envoy))
     }
 
     /// Hangs a route on the listeners that take it.
-    fn hang(
-        &mut self,
-        number: usize,
-        route: &Object<HttpRoute>,
-        ports: &mut BTreeMap<(Key, u16), Port>,
-        attached: &Attached<'_>,
-    ) {
+    fn hang(&mut self, number: usize, route: &Object<HttpRoute>, ports: &mut BTreeMap<(Key, u16), Port>) {
         let object = name_of::<HttpRoute>(&route.meta);
         let mut hostnames = Vec::new();
         for (i, hostname) in route.spec.hostnames.iter().enumerate() {
@@ -218,14 +229,14 @@ impl Run<'_> {
             }
             hostnames.push(HostPattern::Any);
         }
-        let _ = attached;
         for parent in route.spec.parent_refs.iter().filter(|parent| is_gateway(parent)) {
             let key = gateway_of(parent, &route.meta.namespace);
             let gateway = self.world.gateways.get(&key);
             if gateway.is_none() && self.settings.assume.is_none() {
                 continue;
             }
-            if self.settings.assume.is_none() && !self.is_accepted(route, parent, gateway) {
+            let has_status = self.settings.assume.is_none() || !route.status.parents.is_empty();
+            if has_status && !self.is_accepted(route, parent, gateway) {
                 continue;
             }
             let Some(gateway) = gateway else {
@@ -266,6 +277,46 @@ impl Run<'_> {
         }
     }
 
+    /// Hosts of other kinds of routes, and of listeners that are declared elsewhere: of them no more is read.
+    fn foreign(&self, ports: &mut BTreeMap<(Key, u16), Port>) {
+        let mut add = |gateway: &Key, hosts: &[&str]| {
+            for ((key, _), port) in ports.iter_mut().filter(|((key, _), _)| key == gateway) {
+                debug_assert_eq!(key, gateway);
+                let all: &[&str] = if hosts.is_empty() { &[""] } else { hosts };
+                for host in all.iter().filter_map(|host| host_pattern(host)) {
+                    let within = port.hostnames.iter().filter_map(|served| intersection(&host, served));
+                    let within: Vec<HostPattern> = within.collect();
+                    port.foreign.extend(within);
+                }
+            }
+        };
+        for (key, route) in &self.world.grpc_routes {
+            let hosts: Vec<&str> = route.spec.hostnames.iter().map(String::as_str).collect();
+            for parent in route.spec.parent_refs.iter().filter(|parent| is_gateway(parent)) {
+                add(&gateway_of(parent, &key.namespace), &hosts);
+            }
+        }
+        let sets = self.world.listener_sets.iter().map(|(key, set)| (key, &set.spec));
+        let older = self.world.x_listener_sets.iter().map(|(key, set)| (key, &set.spec));
+        for (key, set) in sets.chain(older) {
+            for listener in &set.listeners {
+                let host = listener.hostname.as_deref().unwrap_or("");
+                add(&gateway_of(&set.parent_ref, &key.namespace), &[host]);
+            }
+        }
+    }
+
+    /// Whether annotations turn kgateway's order of policies around.
+    fn is_reordered(&self, gateway: &Key, route: &Object<HttpRoute>) -> bool {
+        let reorders = |meta: &Meta| {
+            meta.annotations.keys().any(|name| {
+                matches!(&**name, "kgateway.dev/policy-weight" | "kgateway.dev/inherited-policy-priority")
+            })
+        };
+        reorders(&route.meta)
+            || self.world.gateways.get(gateway).is_some_and(|gateway| reorders(&gateway.meta))
+    }
+
     /// Whether the Gateway's controller has taken the route, and found all that it refers to.
     fn is_accepted(
         &self,
@@ -273,7 +324,11 @@ impl Run<'_> {
         parent: &ParentRef,
         gateway: Option<&Arc<Object<Gateway>>>,
     ) -> bool {
-        let Some(gateway) = gateway else { return false };
+        // Of manifests: a Gateway that is not among them.
+        let Some(gateway) = gateway else {
+            let mut conditions = route.status.parents.iter().flat_map(|parent| &parent.conditions);
+            return conditions.any(|condition| condition.kind == "Accepted" && condition.status == "True");
+        };
         let class = self.world.gateway_classes.get(&Key::new("", &gateway.spec.gateway_class_name));
         let same = |a: &ParentRef, b: &ParentRef| {
             gateway_of(a, &route.meta.namespace) == gateway_of(b, &route.meta.namespace)
@@ -320,15 +375,22 @@ impl Run<'_> {
     /// Claims what the routes of a port have.
     fn port(
         &mut self,
+        port_number: &(Key, u16),
         port: &Port,
         routes: &[&Arc<Object<HttpRoute>>],
         attached: &Attached<'_>,
         judged: &mut Judged,
     ) {
+        let number = port_number.1;
+        let proxy = self.claims.proxy(format!("{} (port {number})", port.gateway), &port.listeners);
+        let whole = PathMatch::Prefix("/".to_owned());
+        let of_gateway = Claim { object: &port.gateway, rule: 0, proxy, one_label: false };
+        for host in &port.foreign {
+            self.claims.add(of_gateway, host, whole.clone(), &[], Outcome::Pass(PassReason::Unsupported));
+        }
         // A listener without routes still has its hosts' requests.
         if port.hostnames.len() > 1 {
-            let claim =
-                Claim { object: &port.gateway, rule: 0, listeners: &port.listeners, one_label: false };
+            let claim = of_gateway;
             for hostname in port.hostnames.iter().filter(|name| !port.hosts.contains_key(name)) {
                 let path = PathMatch::Prefix("/".to_owned());
                 self.claims.add(claim, hostname, path, &[], Outcome::Pass(PassReason::NoCors));
@@ -336,6 +398,14 @@ impl Run<'_> {
         }
         let any = [RouteMatch::default()];
         for (host, hung) in &port.hosts {
+            let matches_of = |hung: &Hung| -> usize {
+                routes[hung.route].spec.rules.iter().map(|rule| rule.matches.len().max(1)).sum()
+            };
+            if port.foreign.contains(host) || hung.iter().map(matches_of).sum::<usize>() > MAX_CANDIDATES {
+                self.claims.add(of_gateway, host, whole.clone(), &[], Outcome::Pass(PassReason::Unsupported));
+                continue;
+            }
+            let before = self.claims.len();
             let contested = hung.iter().any(|hung| hung.contested);
             let mut exact: BTreeMap<&str, Vec<Candidate>> = BTreeMap::new();
             let mut prefixes: BTreeMap<String, Vec<Candidate>> = BTreeMap::new();
@@ -370,6 +440,7 @@ impl Run<'_> {
                             rule: rule_number,
                             outcome,
                             backend,
+                            slash: false,
                         };
                         let path = wanted.path.as_ref();
                         let value = path.and_then(|p| p.value.as_deref()).unwrap_or("/");
@@ -379,10 +450,14 @@ impl Run<'_> {
                             }
                             "PathPrefix" if !always_passes(value) => {
                                 let prefix = value.strip_suffix('/').unwrap_or(value).to_owned();
-                                prefixes.entry(prefix).or_default().push(candidate);
+                                let slash = !prefix.is_empty() && value.ends_with('/');
+                                prefixes.entry(prefix).or_default().push(Candidate { slash, ..candidate });
                             }
                             "Exact" | "PathPrefix" => {}
-                            "RegularExpression" => patterns.entry(value).or_default().push(candidate),
+                            // Only of Envoy is it known that the whole path must match.
+                            "RegularExpression" if port.dialect == GatewayDialect::Envoy => {
+                                patterns.entry(value).or_default().push(candidate);
+                            }
                             // Nobody knows which paths it has: any of the host.
                             _ => patterns.entry(".*").or_default().push(Candidate {
                                 outcome: Outcome::Pass(PassReason::Unsupported),
@@ -392,18 +467,39 @@ impl Run<'_> {
                     }
                 }
             }
+            if patterns.len() > MAX_PATTERNS {
+                self.claims.add(of_gateway, host, whole.clone(), &[], Outcome::Pass(PassReason::Unsupported));
+                continue;
+            }
+            // To Envoy kgateway gives `/x/` as it stands: then `/x` is not of it, and it goes before `/x`.
+            let mut not_of_it = Vec::new();
+            for (prefix, list) in &mut prefixes {
+                if port.dialect != GatewayDialect::Envoy || list.iter().all(|candidate| !candidate.slash) {
+                    continue;
+                }
+                not_of_it.push((prefix.clone(), list[0].found()));
+                if list.iter().any(|candidate| !candidate.slash) {
+                    for candidate in list {
+                        candidate.outcome = Outcome::Pass(PassReason::Unsupported);
+                    }
+                }
+            }
             for list in exact.values_mut().chain(prefixes.values_mut()).chain(patterns.values_mut()) {
                 list.sort_by_key(|candidate| candidate.rank);
             }
             let mut claim = |path: PathMatch, methods: &[String], found: Found| {
                 let object = name_of::<HttpRoute>(&routes[found.route].meta);
-                let claim =
-                    Claim { object: &object, rule: found.rule, listeners: &port.listeners, one_label: false };
+                let claim = Claim { object: &object, rule: found.rule, proxy, one_label: false };
                 self.claims.add(claim, host, path, methods, found.outcome);
             };
             for path in exact.keys() {
                 let ways = ways(&ancestors(path, Some(&exact[path]), &prefixes));
                 ways.claim(&PathMatch::Exact((*path).to_owned()), &mut claim);
+            }
+            for (path, found) in not_of_it.into_iter().filter(|(path, _)| !exact.contains_key(path.as_str()))
+            {
+                let outcome = Outcome::Pass(PassReason::Unsupported);
+                claim(PathMatch::Exact(path), &[], Found { outcome, ..found });
             }
             for prefix in prefixes.keys() {
                 let ways = ways(&ancestors(prefix, None, &prefixes));
@@ -417,6 +513,10 @@ impl Run<'_> {
                     .all(|c| c.method.is_none() && !c.conditional && c.outcome == first.outcome);
                 let outcome = if plain { first.outcome } else { Outcome::Pass(PassReason::Unsupported) };
                 claim(PathMatch::Regex((*pattern).to_owned()), &[], Found { outcome, ..first });
+            }
+            // A host whose paths all pass anyway is still not a wildcard's.
+            if self.claims.len() == before {
+                self.claims.add(of_gateway, host, whole.clone(), &[], Outcome::Pass(PassReason::NoCors));
             }
             let pages = exact.iter().map(|(path, own)| (*path, Some(own)));
             let pages: Vec<_> = pages.chain(prefixes.keys().map(|path| (path.as_str(), None))).collect();
@@ -477,15 +577,22 @@ impl Run<'_> {
     ) -> Result<Outcome, PassReason> {
         let object = name_of::<HttpRoute>(&route.meta);
         let field = format!("spec.rules[{number}]");
-        if opted_out(self.world, &route.meta) {
+        if !self.is_selected(&route.meta) {
             return Err(PassReason::Disabled);
         }
-        if route
-            .status
-            .parents
-            .iter()
-            .any(|parent| parent.conditions.iter().any(|c| c.kind == "ResolvedRefs" && c.status == "False"))
-        {
+        let mut conditions = route.status.parents.iter().flat_map(|parent| &parent.conditions);
+        if conditions.any(|condition| {
+            let old =
+                condition.observed_generation > 0 && condition.observed_generation < route.meta.generation;
+            match (&*condition.kind, &*condition.status) {
+                ("ResolvedRefs", "False") | ("PartiallyInvalid", "True") => true,
+                // The proxy still does what was said before.
+                (kind, _) => kind == "Accepted" && old,
+            }
+        }) {
+            return Err(PassReason::Unsupported);
+        }
+        if port.kgateway && self.is_reordered(&port.gateway.key, route) {
             return Err(PassReason::Unsupported);
         }
         let (own, extensions) = self.filters(&object, route, &rule.filters, &format!("{field}.filters"))?;
@@ -523,10 +630,13 @@ impl Run<'_> {
                 continue;
             }
             let at = format!("{field}.backendRefs[{i}]");
-            if backend.kind.as_deref() == Some("HTTPRoute") {
+            let group = backend.group.as_deref().unwrap_or("");
+            let kind = backend.kind.as_deref().unwrap_or("Service");
+            // Others may be routes in turn, with rules of their own.
+            if !BACKENDS.contains(&(group, kind)) {
                 return Err(PassReason::Unsupported);
             }
-            if self.settings.assume.is_some() && !self.is_granted(route, backend) {
+            if !self.is_granted(route, backend) {
                 self.note(
                     &object,
                     &route.meta,
