@@ -547,7 +547,6 @@ impl Ring {
     #[expect(clippy::unused_self, reason = "as with eBPF")]
     fn each(&mut self, _: impl FnMut(ListenerId, &[u8])) {}
 
-    #[expect(clippy::unused_self, reason = "as with eBPF")]
     async fn readable(&mut self) {
         std::future::pending::<()>().await;
     }
