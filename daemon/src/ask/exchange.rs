@@ -101,14 +101,19 @@ impl Way {
         if let Some(known) = self.protocol.get() {
             return Ok(*known);
         }
-        let Place::Address(address) = self.place else { return Ok(ProxyProtocol::Off) };
+        let address = match &self.place {
+            Place::Address(address) => *address,
+            // Never asked, as it is known.
+            #[cfg(feature = "ebpf")]
+            Place::Inside(..) => return Ok(ProxyProtocol::Off),
+        };
         let known = blocking(move || relay::detect(address, timeout)).await?;
         Ok(*self.protocol.get_or_init(|| known))
     }
 
     async fn connect(&self, timeout: Duration) -> io::Result<TcpStream> {
         match &self.place {
-            Place::Address(address) => TcpStream::connect(address).await,
+            Place::Address(address) => tokio::time::timeout(timeout, TcpStream::connect(address)).await?,
             #[cfg(feature = "ebpf")]
             Place::Inside(netns, addresses) => {
                 let (netns, addresses) = (netns.clone(), addresses.clone());

@@ -238,20 +238,26 @@ impl Prepared {
 
 /// How the proxy of each listener is reached.
 fn ways(config: &Config, kernel: &Kernel) -> HashMap<u16, Arc<Way>> {
-    let mut ways: HashMap<_, _> = config
-        .upstreams()
-        .iter()
-        .map(|upstream| (upstream.listener.0, Arc::new(Way::upstream(upstream))))
-        .collect();
+    let upstreams = config.upstreams();
+    let upstreams = upstreams.iter().map(|upstream| (upstream.listener.0, Way::upstream(upstream)));
+    let beside = kernel.ways(config);
+    upstreams.chain(beside).map(|(listener, way)| (listener, Arc::new(way))).collect()
+}
+
+impl Kernel {
+    /// To the proxies that we run beside, by listener.
     #[cfg(feature = "ebpf")]
-    if let Some((netns, _)) = &kernel.inside {
-        for (i, listener) in config.listeners.iter().enumerate().filter(|(_, listener)| listener.steer) {
-            ways.insert(i as u16, Arc::new(Way::beside(netns.clone(), listener.address)));
-        }
+    fn ways(&self, config: &Config) -> Vec<(u16, Way)> {
+        let Some((netns, _)) = &self.inside else { return Vec::new() };
+        let steered = (0..).zip(&config.listeners).filter(|(_, listener)| listener.steer);
+        steered.map(|(i, listener)| (i, Way::beside(netns.clone(), listener.address))).collect()
     }
+
     #[cfg(not(feature = "ebpf"))]
-    let _ = kernel;
-    ways
+    #[expect(clippy::unused_self, reason = "as with eBPF")]
+    fn ways(&self, _: &Config) -> Vec<(u16, Way)> {
+        Vec::new()
+    }
 }
 
 /// What a question is asked for.
@@ -542,7 +548,7 @@ impl Ring {
     fn each(&mut self, _: impl FnMut(ListenerId, &[u8])) {}
 
     async fn readable(&mut self) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

@@ -44,11 +44,22 @@ const WITHOUT: &str = "this preflightd was built without eBPF: build it with the
 mod imp {
     use super::{Config, ListenerId, OwnedFd, PolicySpec, Status, Steer, Table, TurnBack, io};
     use crate::steer::{Error, Service, Steering, interfaces::Watch};
-    use std::sync::Arc;
+    use std::{sync::Arc, time::Instant};
     use tracing::error;
 
     /// Steering, if any listener is steered.
-    pub(in crate::cli) struct Steered(Option<Steering>);
+    pub(in crate::cli) struct Steered(Option<Steering>, Refresh);
+
+    /// When what was learned goes to the kernel. Its whole table is written anew then, which with many policies takes its
+    /// time: one part in [`SHARE`] at most.
+    #[derive(Default)]
+    pub(in crate::cli) struct Refresh {
+        /// Not before this.
+        next: Option<Instant>,
+        due: Option<(Arc<[PolicySpec]>, Arc<Table>)>,
+    }
+
+    const SHARE: u32 = 20;
 
     impl Steered {
         pub(in crate::cli) fn open(config: &Config, workers: usize) -> io::Result<Self> {
@@ -62,14 +73,13 @@ mod imp {
                 })
                 .collect();
             if services.is_empty() {
-                return Ok(Self(None));
+                return Ok(Self(None, Refresh::default()));
             }
             let (head, labels) = (config.limits.max_head_bytes, config.admin.max_routes);
             let shows = config.shadow.enabled || !config.learn.hosts.is_empty();
             Steering::open(&config.steer, services, workers, head, labels)
                 .map(|steering| steering.showing(shows, config.shadow.enabled))
-                .map(Some)
-                .map(Self)
+                .map(|steering| Self(Some(steering), Refresh::default()))
                 .map_err(io::Error::other)
         }
 
@@ -99,24 +109,42 @@ mod imp {
         }
 
         pub(in crate::cli) fn tick(&mut self, status: &Status) {
+            if let Some((policies, table)) = self.1.take_due() {
+                self.set_policies(&policies, &table);
+            }
             if let Some(steering) = &mut self.0 {
                 tell(steering.tick());
                 status.set_steer(steering.report());
             }
         }
 
-        /// `options`: `None` if they are as before.
+        /// `options`: `None` if they and the policies are as before, and only what was learned is not.
         pub(in crate::cli) fn reloaded(
             &mut self,
-            policies: &[PolicySpec],
-            table: &Table,
+            policies: &Arc<[PolicySpec]>,
+            table: &Arc<Table>,
             options: Option<&Steer>,
         ) {
+            if self.0.is_none() {
+                return;
+            }
+            self.1.due = Some((policies.clone(), table.clone()));
+            if options.is_some() {
+                self.1.next = None;
+            }
+            if let Some((policies, table)) = self.1.take_due() {
+                self.set_policies(&policies, &table);
+            }
+            if let (Some(steering), Some(options)) = (&mut self.0, options) {
+                tell(steering.set_options(options));
+            }
+        }
+
+        fn set_policies(&mut self, policies: &[PolicySpec], table: &Table) {
             if let Some(steering) = &mut self.0 {
+                let start = Instant::now();
                 tell(steering.set_policies(policies, table));
-                if let Some(options) = options {
-                    tell(steering.set_options(options));
-                }
+                self.1.next = Some(Instant::now() + start.elapsed() * SHARE);
             }
         }
 
@@ -138,6 +166,13 @@ mod imp {
 
         pub(in crate::cli) fn release(&mut self) -> bool {
             self.0.as_mut().map(Steering::release).is_some()
+        }
+    }
+
+    impl Refresh {
+        fn take_due(&mut self) -> Option<(Arc<[PolicySpec]>, Arc<Table>)> {
+            let now = Instant::now();
+            self.due.take_if(|_| self.next.is_none_or(|next| next <= now))
         }
     }
 
@@ -164,6 +199,7 @@ mod imp {
 #[cfg(not(feature = "ebpf"))]
 mod imp {
     use super::{Config, ListenerId, OwnedFd, PolicySpec, Status, Table, TurnBack, WITHOUT, io};
+    use std::sync::Arc;
 
     /// Steering is not there.
     pub(in crate::cli) struct Steered;
@@ -194,7 +230,13 @@ mod imp {
 
         pub(in crate::cli) fn tick(&mut self, _: &Status) {}
 
-        pub(in crate::cli) fn reloaded(&mut self, _: &[PolicySpec], _: &Table, _: Option<&super::Steer>) {}
+        pub(in crate::cli) fn reloaded(
+            &mut self,
+            _: &Arc<[PolicySpec]>,
+            _: &Arc<Table>,
+            _: Option<&super::Steer>,
+        ) {
+        }
 
         pub(in crate::cli) fn shown(&mut self) -> crate::ask::Kernel {
             crate::ask::Kernel::default()

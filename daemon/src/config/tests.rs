@@ -105,6 +105,31 @@ fn findings_have_lines() {
             ],
         ),
         (
+            "hosts to learn of",
+            format!("{BASE}[learn]\nhosts = [\"a.example\", \"https://b.example/\"]\n{P}"),
+            &[(6, 23, Error, "invalid-value", "it has a scheme", "\"b.example\"")],
+        ),
+        (
+            "asking the proxy, what is out of range",
+            format!(
+                "{BASE}[ask]\nper_second = 0\ntimeout = \"0s\"\n[learn]\nhosts = [\"a.example\", \
+                 \"*\"]\nlisteners = [\"wep\"]\nmax_ttl = \"1s\"\nmax_entries = 0\n[shadow]\nenabled = \
+                 true\nsample = 1.5\n{P}[[listener]]\nname = \"alone\"\naddress = \
+                 \"1.2.3.4:80\"\nanswer_only = true\n"
+            ),
+            &[
+                (6, 14, Error, "out-of-range", "ask.per_second is 0", "1 to 10000"),
+                (7, 11, Error, "out-of-range", "ask.timeout is zero", ""),
+                (9, 9, Warning, "shadow-learns-nothing", "nothing is learned", "choose one"),
+                (9, 23, Error, "learn-any-host", "host by host", "*.example.com"),
+                (10, 14, Error, "unknown-listener", "`wep`", "did you mean `web`?"),
+                (11, 11, Error, "out-of-range", "less than 2 s", "\"2s\""),
+                (12, 15, Error, "out-of-range", "learn.max_entries is 0", "1 to"),
+                (14, 11, Error, "shadow-without-proxy", "`alone` has none", "upstream"),
+                (15, 10, Error, "out-of-range", "shadow.sample is 1.5", "0 to 1"),
+            ],
+        ),
+        (
             "wrong types and values, all of them",
             format!(
                 "{BASE}proxy_protocol = \"v3\"\npublic_ports = [80, 65536]\n[workers]\ncount = \"four\"\nengine = \

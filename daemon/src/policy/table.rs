@@ -305,7 +305,9 @@ impl Table {
             });
             return Decision::Pass(PassReason::NotLearned, label);
         };
-        trace.step(|| "learned: answered as the proxy answered when it was asked".to_owned());
+        trace.step(|| {
+            "learned: but the proxy's own answer to exactly this is known: answered alike".to_owned()
+        });
         Decision::Answer(answer)
     }
 }
