@@ -27,7 +27,7 @@ struct Group {
 pub(super) struct Claims {
     /// Proxies: a port of a Gateway, or a controller of Ingresses; their names, and our listeners before them.
     proxies: Vec<(String, Vec<ListenerId>)>,
-    claims: Vec<(usize, Group, HostPattern, PathMatch)>,
+    all: Vec<(usize, Group, HostPattern, PathMatch)>,
     /// Hosts of a proxy that another one may have, too.
     shared: AHashSet<(usize, HostPattern)>,
 }
@@ -54,7 +54,7 @@ impl Claims {
 
     /// How many there are.
     pub(super) fn len(&self) -> usize {
-        self.claims.len()
+        self.all.len()
     }
 
     /// Claims a path of a host, for these methods or all.
@@ -74,7 +74,7 @@ impl Claims {
             listeners: self.proxies[claim.proxy].1.clone(),
             one_label: claim.one_label,
         };
-        self.claims.push((claim.proxy, group, host.clone(), path));
+        self.all.push((claim.proxy, group, host.clone(), path));
     }
 
     /// Finds the hosts that several proxies may have on one listener of ours, unless all of them do the same there. Their
@@ -85,7 +85,7 @@ impl Claims {
         }
         let mut hosts: Vec<BTreeMap<&HostPattern, (&ObjectName, Ways<'_>)>> =
             vec![BTreeMap::new(); self.proxies.len()];
-        for (proxy, group, host, path) in &self.claims {
+        for (proxy, group, host, path) in &self.all {
             let (_, ways) = hosts[*proxy].entry(host).or_insert_with(|| (&group.object, Ways::new()));
             ways.insert((path, &group.methods), group.outcome);
         }
@@ -118,7 +118,7 @@ impl Claims {
     pub(super) fn policies(self, resolver: &Resolver) -> Vec<Imported> {
         let mut of_object: AHashMap<ObjectName, usize> = AHashMap::new();
         let mut groups: BTreeMap<Group, BTreeMap<HostPattern, BTreeSet<PathMatch>>> = BTreeMap::new();
-        for (proxy, mut group, host, path) in self.claims {
+        for (proxy, mut group, host, path) in self.all {
             if self.shared.contains(&(proxy, host.clone())) {
                 group.outcome = Outcome::Pass(PassReason::Conflict);
                 group.methods.clear();
