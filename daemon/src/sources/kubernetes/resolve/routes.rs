@@ -280,8 +280,7 @@ impl Run<'_> {
     /// Hosts of other kinds of routes, and of listeners that are declared elsewhere: of them no more is read.
     fn foreign(&self, ports: &mut BTreeMap<(Key, u16), Port>) {
         let mut add = |gateway: &Key, hosts: &[&str]| {
-            for ((key, _), port) in ports.iter_mut().filter(|((key, _), _)| key == gateway) {
-                debug_assert_eq!(key, gateway);
+            for (_, port) in ports.iter_mut().filter(|((key, _), _)| key == gateway) {
                 let all: &[&str] = if hosts.is_empty() { &[""] } else { hosts };
                 for host in all.iter().filter_map(|host| host_pattern(host)) {
                     let within = port.hostnames.iter().filter_map(|served| intersection(&host, served));
@@ -390,10 +389,8 @@ impl Run<'_> {
         }
         // A listener without routes still has its hosts' requests.
         if port.hostnames.len() > 1 {
-            let claim = of_gateway;
             for hostname in port.hostnames.iter().filter(|name| !port.hosts.contains_key(name)) {
-                let path = PathMatch::Prefix("/".to_owned());
-                self.claims.add(claim, hostname, path, &[], Outcome::Pass(PassReason::NoCors));
+                self.claims.add(of_gateway, hostname, whole.clone(), &[], Outcome::Pass(PassReason::NoCors));
             }
         }
         let any = [RouteMatch::default()];
@@ -492,12 +489,11 @@ impl Run<'_> {
                 let claim = Claim { object: &object, rule: found.rule, proxy, one_label: false };
                 self.claims.add(claim, host, path, methods, found.outcome);
             };
-            for path in exact.keys() {
+            for path in exact.keys().filter(|path| !not_of_it.iter().any(|(other, _)| other == *path)) {
                 let ways = ways(&ancestors(path, Some(&exact[path]), &prefixes));
                 ways.claim(&PathMatch::Exact((*path).to_owned()), &mut claim);
             }
-            for (path, found) in not_of_it.into_iter().filter(|(path, _)| !exact.contains_key(path.as_str()))
-            {
+            for (path, found) in not_of_it {
                 let outcome = Outcome::Pass(PassReason::Unsupported);
                 claim(PathMatch::Exact(path), &[], Found { outcome, ..found });
             }
