@@ -5,6 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use preflightd::{
     http::{Head, HeadLimits, HeadReader},
     policy::{self, Decision, KernelTable, Preflight, Table, kernel::Tier},
+    reason,
 };
 use preflightd_fuzz::Edits;
 use std::sync::LazyLock;
